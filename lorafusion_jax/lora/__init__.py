@@ -1,0 +1,1 @@
+"""lora room; see its modules."""

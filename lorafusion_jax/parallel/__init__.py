@@ -1,0 +1,1 @@
+"""parallel room; see its modules."""
