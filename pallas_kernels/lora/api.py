@@ -57,7 +57,14 @@ def _multi_lora(
 
 def _multi_lora_fwd(order, x, ws, a, b, biases, routing):
     ys, ss = _call_first(order, "forward", x, ws, a, b, biases, routing)
-    return ys, (x, ws, a, b, ss, routing)  # X is shared with the graph; S is [T, R]; no mask, no drop(X)
+    return ys, (
+        x,
+        ws,
+        a,
+        b,
+        ss,
+        routing,
+    )  # X is shared with the graph; S is [T, R]; no mask, no drop(X)
 
 
 def _multi_lora_bwd(order, residuals, dys):

@@ -88,7 +88,7 @@ def _of_tile(stack: Float[Array, "E R C"], routing: Routing, dtype) -> Float[Arr
 def _sum_by_slot(
     per_tile: Float[Array, "tiles R C"], routing: Routing, num_slots: int
 ) -> Float[Array, "E R C"]:
-    """Adds tile contributions slot by slot, in tile order: bit-repeatable, and NaN stays at home."""
+    """Adds tile contributions slot by slot: bit-repeatable, and one slot's NaN stays its own."""
     mine = jnp.arange(num_slots)[:, None] == routing.tile_adapter[None, :]
     return jnp.sum(jnp.where(mine[:, :, None, None], per_tile[None], 0.0), axis=1)
 
@@ -151,9 +151,7 @@ def backward(
             "tpn,trn->tpr", dy_tiles, _of_tile(b_i, routing, x.dtype), preferred_element_type=acc
         )
         ds = _tiles((ds.reshape(s.shape) * scale).astype(x.dtype), num_tiles)
-        db = jnp.einsum(
-            "tpr,tpn->trn", _tiles(s, num_tiles), dy_tiles, preferred_element_type=acc
-        )
+        db = jnp.einsum("tpr,tpn->trn", _tiles(s, num_tiles), dy_tiles, preferred_element_type=acc)
         da = jnp.einsum("tpr,tpk->trk", ds, dropped, preferred_element_type=acc)
         das.append(_sum_by_slot(da, routing, num_slots).astype(a_i.dtype))
         dbs.append(_sum_by_slot(db, routing, num_slots).astype(b_i.dtype))
@@ -178,4 +176,3 @@ def rows_per_tile(num_rows: int, num_tiles: int) -> int:
 
 
 __all__ = ["Outputs", "Routing", "Stacks", "Weights", "backward", "forward", "rows_per_tile"]
-
