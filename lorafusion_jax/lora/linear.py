@@ -1,4 +1,4 @@
-"""NNX modules: frozen linears that carry LoRA adapters of many jobs, and one-adapter use of them."""
+"""NNX modules: frozen linears that carry the LoRA adapters of many jobs."""
 
 from typing import NamedTuple
 

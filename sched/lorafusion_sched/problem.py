@@ -149,7 +149,7 @@ def padded(tokens: int, tile: int) -> int:
 def job_from_lengths(
     name: str, lengths: list[int], *, global_batch_size: int, epochs: int = 1
 ) -> Job:
-    """Returns a job that walks over `lengths` in order `epochs` times; last batches may be short."""
+    """Returns a job that walks over `lengths` `epochs` times, in order."""
     batches: list[tuple[Sample, ...]] = []
     for epoch in range(epochs):
         samples = [Sample(epoch, index, length) for index, length in enumerate(lengths)]
