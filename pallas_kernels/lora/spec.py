@@ -8,11 +8,11 @@
 `pallas_kernels.dropout`); `mask` above includes the same factor. The i run over the projections
 that share X: one mask for all.
 
-Legend: T tokens, P tile rows, K in, N out, R rank (padded to r_max), E adapter slots. A is [E, R, K]
-and B is [E, R, N], both K-major for the kernels (A is PEFT's lora_A.weight, B its lora_B.weight
-transposed). Rows are routed by tile: all P rows of a tile use adapter `tile_adapter[tile]`,
--1 meaning none. Rows with `row_key == 0` are padding: their LoRA branch is exactly zero and they
-add exactly nothing to any gradient, even if X or dY hold NaN there.
+Legend: T tokens, P tile rows, K in, N out, R rank (padded to r_max), E adapter slots. A is
+[E, R, K] and B is [E, R, N], both K-major for the kernels (A is PEFT's lora_A.weight, B its
+lora_B.weight transposed). Rows are routed by tile: all P rows of a tile use adapter
+`tile_adapter[tile]`, -1 meaning none. Rows with `row_key == 0` are padding: their LoRA branch is
+exactly zero and they add exactly nothing to any gradient, even if X or dY hold NaN there.
 
 Products accumulate in float32 (float64 for float64 inputs); S and dS are rounded to X's dtype
 before they meet B and A, as in the kernels, where they are operands of the tensor cores.
