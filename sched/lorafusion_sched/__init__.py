@@ -11,3 +11,20 @@ from lorafusion_sched.problem import Problem as Problem
 from lorafusion_sched.problem import Sample as Sample
 from lorafusion_sched.problem import Stretch as Stretch
 from lorafusion_sched.problem import job_from_lengths as job_from_lengths
+from lorafusion_sched.problem import padded as padded
+from lorafusion_sched.serialize import from_json as from_json
+from lorafusion_sched.serialize import to_json as to_json
+from lorafusion_sched.stream import stream as stream
+from lorafusion_sched.verify import verify as verify
+
+
+def plan(problem: Problem) -> Plan:
+    """Plans a problem: every sample once, in few full microbatches, in a legal order.
+
+    Args:
+        problem: jobs, capacities and the pipeline's rules.
+
+    Returns:
+        The plan; deterministic.
+    """
+    return stream(problem, focus=1.0)

@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     """
 
     epoch: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
     length: int
 
 

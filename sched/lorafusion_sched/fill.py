@@ -1,0 +1,147 @@
+"""Fills one microbatch exactly: the subset of samples with the most tokens that fits after padding.
+
+Every job's reachable token sums are the bits of one Python integer (shift and or per sample, a
+prefix kept per sample to read the subset back). A job given u tiles uses its largest reachable sum
+of at most u * tile; a small max-plus recursion over jobs splits the tiles of the microbatch.
+"""
+
+from collections.abc import Sequence
+from itertools import compress
+
+_LONGEST, _SHORTEST = 40, 24  # samples of one batch considered at once
+_MAX_UNITS = 96  # budget units of a microbatch; finer tiles are grouped
+
+
+class Pool:
+    """The samples of one open global batch that are not placed yet, longest first.
+
+    Args:
+        lengths: tokens of each sample, in any order.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.items = sorted(((n, -i) for i, n in enumerate(lengths)), reverse=True)
+        self.tokens = sum(lengths)
+        self._tables: dict[tuple[int, int, bool], _Table] = {}
+
+    def table(self, unit: int, capacity: int, forced: bool) -> "_Table":
+        """Returns the reachable sums; kept until the pool changes."""
+        key = unit, capacity, forced
+        if key not in self._tables:
+            self._tables[key] = _Table(self.items, unit, capacity, forced)
+        return self._tables[key]
+
+    def take(self, positions: Sequence[int]) -> list[int]:
+        """Removes items by position; returns the indices they had in `lengths`."""
+        chosen = set(positions)
+        taken = [self.items[p] for p in chosen]
+        self.items = [item for p, item in enumerate(self.items) if p not in chosen]
+        self.tokens -= sum(length for length, _ in taken)
+        self._tables.clear()
+        return sorted(-negated for _, negated in taken)
+
+
+class _Table:
+    """Reachable sums of one pool: for which budgets the best sum grows, and how to read it back."""
+
+    def __init__(self, items: list[tuple[int, int]], unit: int, capacity: int, forced: bool):
+        count = len(items)
+        self.positions = list(range(count))
+        if count > _LONGEST + _SHORTEST:
+            self.positions = self.positions[:_LONGEST] + self.positions[-_SHORTEST:]
+        self.lengths = [items[p][0] for p in self.positions]
+        self.forced = forced
+        mask = (1 << (capacity + 1)) - 1
+        reach = 1
+        self.prefix = [reach]
+        for i, length in enumerate(self.lengths):
+            moved = (reach << length) & mask
+            reach = moved if forced and i == 0 else reach | moved
+            self.prefix.append(reach)
+        # (budget units, best tokens), only where one more unit allows more tokens
+        self.points: list[tuple[int, int]] = []
+        best = 0
+        for units in range(1, capacity // unit + 1):
+            tokens = (reach & ((1 << (units * unit + 1)) - 1)).bit_length() - 1
+            if tokens > best:
+                self.points.append((units, tokens))
+                best = tokens
+
+    def subset(self, tokens: int) -> list[int]:
+        """Returns item positions whose lengths sum to `tokens`; prefers long ones."""
+        chosen = []
+        for i in range(len(self.lengths) - 1, -1, -1):
+            before = self.prefix[i]
+            if (self.forced and i == 0) or not (before >> tokens) & 1:
+                chosen.append(self.positions[i])
+                tokens -= self.lengths[i]
+        return chosen
+
+
+def fill(
+    pools: Sequence[Pool], capacity: int, tile: int, *, focus: float = 0.0, force: bool = True
+) -> list[list[int]]:
+    """Takes the samples for one microbatch out of the pools.
+
+    Maximises tokens, the first pool's counting up to `1 + focus` times the last one's, so that
+    focus trades a few tokens for finishing the batches that come first.
+
+    Args:
+        pools: open batches, the most urgent first.
+        capacity: rows available, a multiple of `tile`.
+        tile: padding multiple of each pool's share.
+        focus: relative weight of the first pool's tokens over the last one's.
+        force: the first pool's longest sample must be in.
+
+    Returns:
+        For each pool the indices of the samples taken, ascending.
+    """
+    unit = tile * -(-capacity // (tile * _MAX_UNITS))
+    units = capacity // unit
+    tables = [pool.table(unit, units * unit, force and i == 0) for i, pool in enumerate(pools)]
+    weight = [1000 + round(1000 * focus * (1 - i / len(pools))) for i in range(len(pools))]
+    points = [
+        [(u, tokens * w) for u, tokens in table.points]
+        for table, w in zip(tables, weight, strict=True)
+    ]
+    if force:
+        start = points[0]
+        first = [-1] * (units + 1)
+        for u, value in start:
+            first[u:] = [value] * (units + 1 - u)
+        values = [[0] * (units + 1), first]
+    else:
+        values = [[0] * (units + 1)]
+    for table in points[len(values) - 1 :]:
+        old = values[-1]
+        new = old.copy()
+        for u, value in table:
+            shifted = [x + value if x >= 0 else -1 for x in old[: units + 1 - u]]
+            new[u:] = map(max, new[u:], shifted)
+        values.append(new)
+    return _read_back(pools, tables, points, values, units)
+
+
+def _read_back(
+    pools: Sequence[Pool],
+    tables: list[_Table],
+    points: list[list[tuple[int, int]]],
+    values: list[list[int]],
+    units: int,
+) -> list[list[int]]:
+    taken: list[list[int]] = [[] for _ in pools]
+    left = units
+    for i in range(len(pools) - 1, -1, -1):
+        want, old = values[i + 1][left], values[i]
+        forced = tables[i].forced
+        if want == old[left] and not forced:
+            continue
+        fits = [u <= left and (forced or old[left - u] >= 0) for u, _ in points[i]]
+        for (u, value), (_, tokens) in zip(
+            compress(points[i], fits), compress(tables[i].points, fits), strict=True
+        ):
+            if value + (0 if forced else old[left - u]) == want:
+                taken[i] = pools[i].take(tables[i].subset(tokens))
+                left -= u
+                break
+    return taken
