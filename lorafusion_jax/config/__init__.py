@@ -1,0 +1,40 @@
+"""One configuration file describes a run: the base model and every job that trains on it."""
+
+from lorafusion_jax.config.diff import Change, config_diff
+from lorafusion_jax.config.load import config_from_dict, load_config, resolved_yaml
+from lorafusion_jax.config.schema import (
+    BaseModelConfig,
+    BatchingConfig,
+    DataConfig,
+    EvalConfig,
+    JobConfig,
+    LoraConfig,
+    OptimConfig,
+    ParallelConfig,
+    ReportConfig,
+    RunConfig,
+    RunTrainConfig,
+    SaveConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BaseModelConfig",
+    "BatchingConfig",
+    "Change",
+    "DataConfig",
+    "EvalConfig",
+    "JobConfig",
+    "LoraConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ReportConfig",
+    "RunConfig",
+    "RunTrainConfig",
+    "SaveConfig",
+    "TrainConfig",
+    "config_diff",
+    "config_from_dict",
+    "load_config",
+    "resolved_yaml",
+]

@@ -1,0 +1,90 @@
+"""What changed between two configurations, and whether a run may go on with it."""
+
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+from lorafusion_jax.config.schema import RunConfig
+
+# They change what is written and when, not what is learnt.
+ALLOWED = (
+    "output",
+    "report.*",
+    "jobs.*.eval.every",
+    "jobs.*.save.every",
+    "jobs.*.save.keep_last",
+    "jobs.*.save.keep_best",
+)
+# The same content may have moved; whoever has its fingerprint decides.
+PATHS = ("base.model", "jobs.*.data.path", "jobs.*.eval.path")
+
+
+class Change(NamedTuple):
+    """One difference between two configurations.
+
+    Attributes:
+        key: dotted, jobs by name.
+        old: value before; None where there was none.
+        new: value now; None where there is none.
+        kind: `allowed` on resume, `path` (allowed if the content behind it has the same
+            fingerprint), or `refused`.
+    """
+
+    key: str
+    old: Any
+    new: Any
+    kind: Literal["allowed", "path", "refused"]
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_text(self.old)} -> {_text(self.new)}"
+
+
+def config_diff(old: RunConfig, new: RunConfig) -> list[Change]:
+    """Compares two resolved configurations key by key.
+
+    A job only in `new` is one allowed change (`jobs.NAME`), one only in `old` a refused one. The
+    order of the jobs does not matter.
+
+    Returns:
+        The changes in the order of the keys; empty for equal configurations.
+    """
+    before, after = _flat(old), _flat(new)
+    old_jobs = {job.name for job in old.jobs}
+    new_jobs = {job.name for job in new.jobs}
+    changes = []
+    for name in (job.name for job in old.jobs if job.name not in new_jobs):
+        changes.append(Change(f"jobs.{name}", "present", None, "refused"))
+    for name in (job.name for job in new.jobs if job.name not in old_jobs):
+        changes.append(Change(f"jobs.{name}", None, "present", "allowed"))
+    for (job, key), value in before.items():
+        if (job is None or job in new_jobs) and after[job, key] != value:
+            pattern = key if job is None else f"jobs.*.{key}"
+            shown = key if job is None else f"jobs.{job}.{key}"
+            changes.append(Change(shown, value, after[job, key], _kind(pattern)))
+    return changes
+
+
+def _flat(config: RunConfig) -> dict[tuple[str | None, str], Any]:
+    content = config.model_dump(mode="json")
+    flat: dict[tuple[str | None, str], Any] = {}
+    for job in content.pop("jobs"):
+        name = job.pop("name")
+        flat |= {(name, key): value for key, value in _leaves(job, "")}
+    return {(None, key): value for key, value in _leaves(content, "")} | flat
+
+
+def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    leaves = []
+    for key, value in section.items():
+        inner = isinstance(value, dict)
+        leaves += _leaves(value, f"{prefix}{key}.") if inner else [(prefix + key, value)]
+    return leaves
+
+
+def _kind(pattern: str) -> Literal["allowed", "path", "refused"]:
+    if any(fnmatchcase(pattern, allowed) for allowed in ALLOWED):
+        return "allowed"
+    return "path" if pattern in PATHS else "refused"
+
+
+def _text(value: Any) -> str:
+    return "nothing" if value is None else repr(value)

@@ -1,0 +1,346 @@
+"""What a run is made of: the sections of the configuration file, as validated records.
+
+Names are PEFT's and transformers' words. Every section refuses unknown keys and values of the wrong
+type; nothing is coerced (`r: "16"` and `r: true` are errors). Records are immutable.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+MIN_DROPOUT = 1 / 512
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
+WINDOWS_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{p}{i}" for p in ("com", "lpt") for i in range(10))]
+)
+
+
+class Section(BaseModel):
+    """Base of all sections: strict, immutable, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseModelConfig(Section):
+    """The frozen base model.
+
+    Attributes:
+        model: Hugging Face model directory or `.gguf` file.
+        dtype: type the frozen weights are kept and multiplied in.
+    """
+
+    model: str = Field(min_length=1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class BatchingConfig(Section):
+    """How samples become microbatches of static shape.
+
+    Attributes:
+        tokens_per_microbatch: capacity in tokens that the packer fills.
+        max_length: longest sample in tokens; by default a whole microbatch.
+        overlong: what happens to longer samples: cut at the end, left out, or refused.
+        capacities: allowed microbatch sizes in tokens, ascending, one compilation each; by default
+            they are chosen from the data.
+        tile: padding multiple of each job's stretch in a microbatch; auto is 128 on a GPU and 16
+            on a CPU.
+    """
+
+    tokens_per_microbatch: int = Field(default=8192, ge=16)
+    max_length: int = Field(default_factory=lambda data: data["tokens_per_microbatch"], ge=2)
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    tile: Literal["auto", 16, 128] = "auto"
+    capacities: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        tile = 128 if self.tile == "auto" else self.tile
+        if self.tokens_per_microbatch % tile:
+            raise ValueError(
+                f"tokens_per_microbatch={self.tokens_per_microbatch}, expected a multiple of "
+                f"the tile {tile}" + (" (or set tile: 16)" if tile == 128 else "")
+            )
+        if self.max_length > self.tokens_per_microbatch:
+            raise ValueError(
+                f"max_length={self.max_length}, expected at most tokens_per_microbatch="
+                f"{self.tokens_per_microbatch}: a sample is never split"
+            )
+        sizes = self.capacities
+        if sizes is not None and (
+            list(sizes) != sorted(set(sizes))
+            or sizes[-1] != self.tokens_per_microbatch
+            or any(size < 1 or size % tile for size in sizes)
+        ):
+            raise ValueError(
+                f"capacities={list(sizes)}, expected ascending multiples of the tile {tile}, the "
+                f"last equal to tokens_per_microbatch={self.tokens_per_microbatch}"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """How many devices share the work: `data` copies of a pipeline of `stage` devices."""
+
+    data: int = Field(default=1, ge=1)
+    stage: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_device(self) -> Self:
+        if self.data * self.stage > 1:
+            raise ValueError(
+                f"data={self.data}, stage={self.stage}, expected 1 and 1: training on several "
+                "devices is not supported in this version"
+            )
+        return self
+
+
+class RunTrainConfig(Section):
+    """Settings of the whole run, not of a job.
+
+    Attributes:
+        remat: which activations are recomputed in the backward pass to save memory.
+    """
+
+    remat: Literal["none", "attention", "full"] = "none"
+
+
+class ReportConfig(Section):
+    """How often a job reports.
+
+    Attributes:
+        every: optimizer steps of a job between two lines of its metrics.
+    """
+
+    every: int = Field(default=10, ge=1)
+
+
+class DataConfig(Section):
+    """A job's training data.
+
+    Attributes:
+        path: JSONL file.
+        format: structure of the rows; auto looks at the keys of each row.
+    """
+
+    path: str = Field(min_length=1)
+    format: Literal["auto", "text", "prompt_completion", "alpaca", "chat"] = "auto"
+
+    @field_validator("path")
+    @classmethod
+    def _local(cls, path: str) -> str:
+        return _local_path(path)
+
+
+class LoraConfig(Section):
+    """The adapter.
+
+    Attributes:
+        r: rank.
+        alpha: numerator of the scale alpha/r, or alpha/sqrt(r) with `use_rslora`.
+        dropout: rate on the input of the adapter; 0, or from 1/512 up.
+        target_modules: "all-linear", a list of module names, or a regex for whole module paths.
+        exclude_modules: modules to leave out, by the same rules.
+        init: of A; B starts at zero. PEFT's uniform, or gaussian.
+    """
+
+    r: int = Field(default=16, ge=1, le=256)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    use_rslora: bool = False
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    init: Literal["default", "gaussian"] = "default"
+
+    @field_validator("dropout")
+    @classmethod
+    def _dropout_is_representable(cls, rate: float) -> float:
+        if 0 < rate < MIN_DROPOUT:
+            raise ValueError(f"got {rate}, expected 0 or at least 1/512: masks have 8-bit rates")
+        return rate
+
+    @field_validator("target_modules", "exclude_modules", mode="plain")
+    @classmethod
+    def _modules(cls, value: Any, info: ValidationInfo) -> str | tuple[str, ...] | None:
+        if value is None and info.field_name == "exclude_modules":
+            return None
+        if isinstance(value, str) and value:
+            if value != "all-linear":
+                try:
+                    re.compile(value)
+                except (re.error, RecursionError, OverflowError) as error:
+                    raise ValueError(f"got {value!r}, not a regular expression: {error}") from None
+            return value
+        names = isinstance(value, list | tuple) and bool(value)
+        if names and all(isinstance(name, str) and name for name in value):
+            return tuple(value)
+        raise ValueError(f'got {value!r}, expected "all-linear", a list of names, or a regex')
+
+
+class OptimConfig(Section):
+    """The optimizer of one adapter.
+
+    Attributes:
+        name: algorithm.
+        lr: peak learning rate.
+        schedule: of the learning rate over the job's optimizer steps; constant_with_warmup is
+            transformers' name for constant with the warmup below.
+        warmup_ratio: share of the steps in which the rate rises linearly.
+        warmup_steps: the same in steps; replaces the ratio.
+        weight_decay: decoupled decay; adamw only.
+        betas: decay of the first and second moment.
+        eps: added to the denominator.
+        max_grad_norm: clip of this adapter's gradient norm; null is no clip.
+    """
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(default=2e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"got {list(betas)}, expected two numbers from 0 to below 1")
+        return betas
+
+    @model_validator(mode="after")
+    def _decay_needs_adamw(self) -> Self:
+        if self.weight_decay and self.name != "adamw":
+            raise ValueError(f"weight_decay={self.weight_decay} needs name: adamw, got {self.name}")
+        return self
+
+
+class TrainConfig(Section):
+    """How long a job trains and how its samples are grouped.
+
+    Attributes:
+        epochs: passes over the data; 1 where neither this nor `max_steps` is given.
+        max_steps: optimizer steps; the data are repeated as needed.
+        global_batch_size: samples per optimizer step.
+        on_nonfinite: what a non-finite gradient does to this job: reject the step, freeze the
+            adapter as it is, or stop the run.
+    """
+
+    epochs: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    global_batch_size: int = Field(default=16, ge=1)
+    on_nonfinite: Literal["skip", "freeze", "stop"] = "skip"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps are both given, expected one of them")
+        if self.epochs is None and self.max_steps is None:
+            object.__setattr__(self, "epochs", 1)
+        return self
+
+
+class EvalConfig(Section):
+    """The held-out part of a job.
+
+    Attributes:
+        split: share (below 1) or number of samples of the data to hold out; 0 is no evaluation.
+        path: a separate JSONL file to evaluate on, instead of a split.
+        every: optimizer steps between evaluations.
+        max_samples: evaluate on the first so many only.
+    """
+
+    split: int | float = 0.05
+    path: str | None = Field(default=None, min_length=1)
+    every: int = Field(default=50, ge=1)
+    max_samples: int | None = Field(default=None, ge=1)
+
+    @field_validator("split", mode="plain")
+    @classmethod
+    def _share_or_count(cls, split: Any) -> int | float:
+        number = isinstance(split, int | float) and not isinstance(split, bool)
+        if not number or not (0 <= split < 1 or (isinstance(split, int) and split >= 1)):
+            raise ValueError(f"got {split!r}, expected a share from 0 to below 1 or a whole number")
+        return split
+
+    @field_validator("path")
+    @classmethod
+    def _local(cls, path: str | None) -> str | None:
+        return None if path is None else _local_path(path)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.path is not None and self.split:
+            if "split" in self.model_fields_set:
+                raise ValueError("split and path are both given, expected one of them")
+            object.__setattr__(self, "split", 0)
+        return self
+
+
+class SaveConfig(Section):
+    """Which checkpoints of a job are kept.
+
+    Attributes:
+        every: optimizer steps between checkpoints.
+        keep_last: newest checkpoints to keep.
+        keep_best: checkpoints of lowest held-out loss to keep.
+    """
+
+    every: int = Field(default=100, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    keep_best: int = Field(default=1, ge=0)
+
+
+class JobConfig(Section):
+    """One adapter to train: its data and its settings, defaults already filled in."""
+
+    name: str
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig = SaveConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_safe_folder(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError(
+                f"got {name[:70]!r}, expected 1 to 64 of A-Z a-z 0-9 . _ - without a leading dot"
+            )
+        if name.split(".")[0].casefold() in WINDOWS_DEVICES or name.endswith("."):
+            raise ValueError(f"got {name!r}, which some systems refuse as a folder: rename the job")
+        return name
+
+
+class RunConfig(Section):
+    """A whole run: one base model, many jobs.
+
+    Attributes:
+        version: of the file format.
+        base: the frozen model.
+        output: folder of the run.
+        seed: of initialisation, order, split and dropout, together with each job's name.
+        jobs: adapters that train together, with unique names.
+    """
+
+    version: Literal[1] = 1
+    base: BaseModelConfig
+    output: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    batching: BatchingConfig = BatchingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: RunTrainConfig = RunTrainConfig()
+    report: ReportConfig = ReportConfig()
+    jobs: Annotated[tuple[JobConfig, ...], Field(strict=False, min_length=1)]
+
+
+def _local_path(path: str) -> str:
+    if "://" in path:
+        raise ValueError(f"got {path!r}, expected a local JSONL file: hubs are not read")
+    if "\0" in path:
+        raise ValueError(f"got {path!r}, expected a path without NUL")
+    return path
