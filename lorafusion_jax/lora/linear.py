@@ -1,8 +1,16 @@
-"""NNX modules: frozen linears that carry the LoRA adapters of many jobs."""
+"""NNX linears that carry LoRA adapters: of many jobs at once, or of one."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
+
+from pallas_kernels import fused_multi_lora
+
+_KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
 class LoraContext(NamedTuple):
@@ -19,3 +27,138 @@ class LoraContext(NamedTuple):
     rate: Float[Array, " slots"]
     tile_adapter: Int[Array, " tiles"]
     row_key: UInt32[Array, " T"]
+
+
+class MultiLoRALinear(nnx.Module):
+    """A frozen linear with room for the adapters of many jobs, slot axis first.
+
+    Like `nnx.Linear` (same `kernel` and `bias`, at the same path), except that rows are routed to
+    adapters by the `LoraContext` of the call. Without one, or without adapters attached
+    (`lorafusion_jax.lora.bank.attach_adapters`), it is the plain linear.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        use_bias: whether there is a (frozen) bias.
+        num_slots: adapter slots; 0 means none (`lora_a` and `lora_b` are None).
+        r_max: rows of A and B per slot; adapters of smaller rank have zeros in the rest.
+        dtype: dtype of the computation; None promotes the input's and the kernel's.
+        param_dtype: dtype of kernel and bias. Adapters are always float32.
+        kernel_init: initialiser of the kernel.
+        rngs: source of the kernel's initial value.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = False,
+        num_slots: int = 0,
+        r_max: int = 0,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: nnx.Initializer = _KERNEL_INIT,
+        rngs: nnx.Rngs,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dtype = dtype
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        )
+        self.bias = nnx.data(nnx.Param(jnp.zeros(out_features, param_dtype)) if use_bias else None)
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
+        if num_slots:
+            a = jnp.zeros((num_slots, r_max, in_features), jnp.float32)
+            self.set_stacks(a, jnp.zeros((num_slots, r_max, out_features), jnp.float32))
+
+    def set_stacks(
+        self, a: Float[Array, "slots r_max K"] | None, b: Float[Array, "slots r_max N"] | None
+    ) -> None:
+        """Replaces the adapter stacks; None removes them."""
+        self.lora_a = None if a is None else nnx.LoRAParam(a)
+        self.lora_b = None if b is None else nnx.LoRAParam(b)
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch K"],
+        lora: LoraContext | None = None,
+        site: Int[Array, ""] | int = 0,
+    ) -> Float[Array, "*batch N"]:
+        """Applies the linear, and to each row the adapter that `lora` routes it to.
+
+        Args:
+            x: input, any leading shape; its rows in C order are those of `lora`.
+            lora: routing of the rows, or None for the base output.
+            site: which input of the model this is (8 * layer + input group), for dropout.
+
+        Returns:
+            The output, same leading shape.
+        """
+        (y,) = grouped_linear((self,), x.reshape(-1, x.shape[-1]), lora, site)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+def grouped_linear(
+    linears: Sequence[MultiLoRALinear],
+    x: Float[Array, "T K"],
+    lora: LoraContext | None = None,
+    site: Int[Array, ""] | int = 0,
+) -> tuple[Float[Array, "T _"], ...]:
+    """Applies linears that share their input; those with adapters go through one fused op.
+
+    Args:
+        linears: for example the query, key and value projections.
+        x: the shared input.
+        lora: routing of the rows, or None for the base outputs.
+        site: which input of the model this is (8 * layer + input group), for dropout.
+
+    Returns:
+        One output per linear.
+    """
+    operands = [_operands(linear, x) for linear in linears]
+    stacks = [_stacks(linear) if lora is not None else None for linear in linears]
+    adapted = [i for i, stack in enumerate(stacks) if stack is not None]
+    fused = iter(())
+    if lora is not None and adapted:
+        fused = iter(
+            fused_multi_lora(
+                operands[adapted[0]][0],
+                tuple(operands[i][1] for i in adapted),
+                tuple(stack[0] for stack in stacks if stack is not None),
+                tuple(stack[1] for stack in stacks if stack is not None),
+                lora.scale,
+                lora.rate,
+                lora.tile_adapter,
+                lora.row_key,
+                jnp.asarray(site, jnp.uint32).reshape(1),
+                biases=tuple(operands[i][2] for i in adapted),
+            )
+        )
+    return tuple(
+        _frozen(*operand) if stack is None else next(fused)
+        for operand, stack in zip(operands, stacks, strict=True)
+    )
+
+
+def _stacks(linear: MultiLoRALinear) -> tuple[Array, Array] | None:
+    if linear.lora_a is None or linear.lora_b is None:
+        return None
+    return linear.lora_a[...], linear.lora_b[...]
+
+
+def _operands(linear: MultiLoRALinear, x: Array) -> tuple[Array, Array, Array | None]:
+    """Input, kernel and bias in the dtype of the computation; no copy where they have it."""
+    kernel = linear.kernel[...]
+    dtype = linear.dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    bias = None if linear.bias is None else linear.bias[...].astype(dtype)
+    return x.astype(dtype), kernel.astype(dtype), bias
+
+
+def _frozen(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """The base output, rounded as the fused op rounds it."""
+    acc = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.matmul(x, kernel, preferred_element_type=acc)
+    return (y if bias is None else y + bias.astype(acc)).astype(x.dtype)

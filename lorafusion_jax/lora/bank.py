@@ -1,0 +1,287 @@
+"""AdapterBank: the adapters of all jobs, stacked by slot, one leaf per projection.
+
+A bank is a plain pytree that training passes through jit, differentiates and updates, while the
+frozen rest of the model stays an argument of its own:
+
+    bank = attach_adapters(model, paths, num_slots=4, r_max=16)
+    graphdef, frozen = split_adapters(model)
+    bank = write_slot(bank, 0, LoraSpec(r=8), job_seed)
+
+    @jax.jit
+    def loss(a, b, bank, frozen, ...):
+        model = merge_adapters(graphdef, frozen, bank._replace(a=a, b=b))
+
+An adapter by itself is a dict from module path to (A [r, in], B [r, out]) of its true rank. In its
+slot the rows beyond its rank and the modules it does not target are exact zeros, and stay so.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from lorafusion_jax.errors import AdapterError
+from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear
+from pallas_kernels.dropout import MIN_RATE
+
+type Adapter = dict[str, tuple[Float[Array, "r K"], Float[Array, "r N"]]]
+type Stacks = dict[str, Float[Array, "slots r_max _"]]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """What an adapter is, in PEFT's words and with PEFT's meaning.
+
+    Attributes:
+        r: rank.
+        alpha: scale numerator.
+        dropout: rate on the adapter branch's input; 0 or in [1/512, 1).
+        use_rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        target_modules: names (equal to a module path or its last parts), a regular expression that
+            matches whole module paths, or "all-linear" for all linears but the output head.
+        exclude_modules: names or a regular expression of modules to leave out.
+        init: A is uniform in +-1/sqrt(in) ("default") or normal with deviation 1/r ("gaussian");
+            B is zero.
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] | None = None
+    init: Literal["default", "gaussian"] = "default"
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise AdapterError(f"r={self.r} must be at least 1")
+        if not 0 < self.alpha < float("inf"):
+            raise AdapterError(f"alpha={self.alpha} must be a positive number")
+        if self.dropout and not MIN_RATE <= self.dropout < 1:
+            raise AdapterError(f"dropout={self.dropout} must be 0 or in [1/512, 1)")
+        if self.init not in ("default", "gaussian"):
+            raise AdapterError(f"init={self.init!r} must be 'default' or 'gaussian'")
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's output is multiplied by."""
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+class AdapterBank(NamedTuple):
+    """The adapters of all slots.
+
+    Attributes:
+        a: per module path, A of each slot (PEFT's lora_A.weight), float32.
+        b: per module path, B of each slot (PEFT's lora_B.weight transposed), float32.
+        targeted: per module path, which slots train it.
+        scale: LoRA scale per slot.
+        rate: dropout rate per slot.
+        rank: true rank per slot, 0 for a free one.
+    """
+
+    a: Stacks
+    b: Stacks
+    targeted: dict[str, Bool[Array, " slots"]]
+    scale: Float[Array, " slots"]
+    rate: Float[Array, " slots"]
+    rank: Int[Array, " slots"]
+
+
+def attach_adapters(
+    model: nnx.Module, paths: Sequence[str], num_slots: int, r_max: int
+) -> AdapterBank:
+    """Gives the named linears of a model empty adapter stacks, in place; removes all others.
+
+    Args:
+        model: holds a `MultiLoRALinear` at each path.
+        paths: module paths, such as those of `target_paths`.
+        num_slots: adapters that fit.
+        r_max: largest rank that fits.
+
+    Returns:
+        The empty bank; its stacks are the model's own arrays, not copies.
+
+    Raises:
+        AdapterError: a path does not lead to a `MultiLoRALinear`.
+    """
+    linears = multi_linears(model)
+    for path in paths:
+        if path not in linears:
+            raise AdapterError(f"the model has no MultiLoRALinear at {path!r}")
+    shapes = {path: (linears[path].in_features, linears[path].out_features) for path in paths}
+    bank = empty_bank(shapes, num_slots, r_max)
+    for path, linear in linears.items():
+        linear.set_stacks(bank.a.get(path), bank.b.get(path))
+    return bank
+
+
+def multi_linears(model: nnx.Module) -> dict[str, MultiLoRALinear]:
+    """Returns the `MultiLoRALinear`s of a model by module path."""
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, MultiLoRALinear)
+    }
+
+
+def split_adapters(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+    """Splits a model into its structure and everything that is not an adapter."""
+    graphdef, _, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    return graphdef, frozen
+
+
+def merge_adapters(graphdef: nnx.GraphDef, frozen: nnx.State, bank: AdapterBank) -> nnx.Module:
+    """Builds the model of `split_adapters` with a bank's adapters in it."""
+    leaves = {}
+    for name, stacks in (("lora_a", bank.a), ("lora_b", bank.b)):
+        for path, stack in stacks.items():
+            parts = tuple(int(part) if part.isdigit() else part for part in path.split("."))
+            leaves[(*parts, name)] = nnx.LoRAParam(stack)
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves), frozen)
+
+
+def empty_bank(shapes: Mapping[str, tuple[int, int]], num_slots: int, r_max: int) -> AdapterBank:
+    """Returns a bank of free slots for modules of the given (in, out) widths."""
+    return AdapterBank(
+        a={path: jnp.zeros((num_slots, r_max, k), jnp.float32) for path, (k, _) in shapes.items()},
+        b={path: jnp.zeros((num_slots, r_max, n), jnp.float32) for path, (_, n) in shapes.items()},
+        targeted={path: jnp.zeros(num_slots, bool) for path in shapes},
+        scale=jnp.zeros(num_slots, jnp.float32),
+        rate=jnp.zeros(num_slots, jnp.float32),
+        rank=jnp.zeros(num_slots, jnp.int32),
+    )
+
+
+def init_adapter(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, job_seed: int) -> Adapter:
+    """Initialises an adapter as PEFT does; a function of the job's seed and the module paths only.
+
+    Args:
+        shapes: (in, out) widths of the modules it targets, by path.
+        spec: rank and initialisation.
+        job_seed: `pallas_kernels.job_seed` of the job.
+
+    Returns:
+        A and zero B by path, the same bits whatever slot, bank or r_max they are meant for.
+    """
+    return {path: _init_module(spec, job_seed, path, k, n) for path, (k, n) in shapes.items()}
+
+
+def _init_module(spec: LoraSpec, job_seed: int, path: str, k: int, n: int):
+    word = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+    key = jax.random.fold_in(jax.random.key(job_seed, impl="threefry2x32"), word)
+    if spec.init == "gaussian":
+        a = jax.random.normal(key, (spec.r, k), jnp.float32) / spec.r
+    else:
+        bound = k**-0.5
+        a = jax.random.uniform(key, (spec.r, k), jnp.float32, minval=-bound, maxval=bound)
+    return a, jnp.zeros((spec.r, n), jnp.float32)
+
+
+def write_slot(
+    bank: AdapterBank,
+    slot: int,
+    spec: LoraSpec,
+    job_seed: int,
+    paths: Sequence[str] | None = None,
+) -> AdapterBank:
+    """Returns the bank with a freshly initialised adapter in a slot, whatever lay there before.
+
+    Args:
+        bank: the bank.
+        slot: which slot.
+        spec: the adapter.
+        job_seed: `pallas_kernels.job_seed` of the job.
+        paths: the modules the adapter targets (`target_paths`); None for all of the bank.
+
+    Raises:
+        AdapterError: a path is not in the bank, or the rank is above the bank's r_max.
+    """
+    paths = list(bank.a) if paths is None else paths
+    _check_paths(bank, paths)
+    shapes = {path: (bank.a[path].shape[2], bank.b[path].shape[2]) for path in paths}
+    return put_slot(bank, slot, spec, init_adapter(shapes, spec, job_seed))
+
+
+def put_slot(bank: AdapterBank, slot: int, spec: LoraSpec, adapter: Adapter) -> AdapterBank:
+    """Returns the bank with a given adapter in a slot, whatever lay there before.
+
+    Raises:
+        AdapterError: a module is not in the bank, or a shape or the rank does not fit.
+    """
+    _check_paths(bank, adapter)
+    for path, (a, b) in adapter.items():
+        _, r_max, k = bank.a[path].shape
+        n = bank.b[path].shape[2]
+        if a.shape != (spec.r, k) or b.shape != (spec.r, n):
+            raise AdapterError(
+                f"{path}: A {list(a.shape)} and B {list(b.shape)} do not fit, expected "
+                f"[{spec.r}, {k}] and [{spec.r}, {n}]"
+            )
+        if spec.r > r_max:
+            raise AdapterError(f"r={spec.r} does not fit the bank's r_max={r_max}")
+    bank = clear_slot(bank, slot)
+    return AdapterBank(
+        a=bank.a | {p: bank.a[p].at[slot, : spec.r].set(a) for p, (a, _) in adapter.items()},
+        b=bank.b | {p: bank.b[p].at[slot, : spec.r].set(b) for p, (_, b) in adapter.items()},
+        targeted=bank.targeted | {p: bank.targeted[p].at[slot].set(True) for p in adapter},
+        scale=bank.scale.at[slot].set(spec.scale),
+        rate=bank.rate.at[slot].set(spec.dropout),
+        rank=bank.rank.at[slot].set(spec.r),
+    )
+
+
+def clear_slot(bank: AdapterBank, slot: int) -> AdapterBank:
+    """Returns the bank with exact zeros in a slot."""
+    if not 0 <= slot < bank.rank.shape[0]:
+        raise AdapterError(f"{slot=} is not one of the bank's {bank.rank.shape[0]} slots")
+    return jax.tree.map(lambda leaf: leaf.at[slot].set(jnp.zeros((), leaf.dtype)), bank)
+
+
+def read_slot(bank: AdapterBank, slot: int) -> Adapter:
+    """Returns the adapter of a slot: the modules it targets, of its true rank."""
+    rank = int(bank.rank[slot])
+    return {
+        path: (bank.a[path][slot, :rank], bank.b[path][slot, :rank])
+        for path, slots in bank.targeted.items()
+        if bool(slots[slot])
+    }
+
+
+def _check_paths(bank: AdapterBank, paths) -> None:
+    unknown = [path for path in paths if path not in bank.a]
+    if unknown:
+        raise AdapterError(f"the bank has no module {unknown[0]!r} ({len(unknown)} such)")
+
+
+def mask_gradients(bank: AdapterBank, a: Stacks, b: Stacks) -> tuple[Stacks, Stacks]:
+    """Zeroes gradients of rank padding and of modules that a slot does not target."""
+
+    def masked(path: str, gradient: Array) -> Array:
+        rank = jnp.where(bank.targeted[path], bank.rank, 0)
+        rows = jnp.arange(gradient.shape[1])
+        return jnp.where((rows[None, :] < rank[:, None])[:, :, None], gradient, 0)
+
+    return (
+        {path: masked(path, gradient) for path, gradient in a.items()},
+        {path: masked(path, gradient) for path, gradient in b.items()},
+    )
+
+
+def lora_context(
+    bank: AdapterBank,
+    tile_adapter: Int[Array, " tiles"],
+    row_key: UInt32[Array, " T"],
+    *,
+    train: bool,
+) -> LoraContext:
+    """Routes rows to a bank's slots; dropout acts in training only."""
+    rate = bank.rate if train else jnp.zeros_like(bank.rate)
+    return LoraContext(bank.scale, rate, tile_adapter, row_key)
