@@ -18,7 +18,7 @@ slot the rows beyond its rank and the modules it does not target are exact zeros
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +52,12 @@ class LoraSpec:
     """
 
     r: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
+    alpha: int | float = 8
+    dropout: int | float = 0
     use_rslora: bool = False
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     exclude_modules: str | tuple[str, ...] | None = None
-    init: Literal["default", "gaussian"] = "default"
+    init: str = "default"
 
     def __post_init__(self):
         if self.r < 1:

@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dropout import MIN_RATE
 from pallas_kernels.lora import spec
-from pallas_kernels.lora.spec import Outputs, Routing, Stacks, Weights
+from pallas_kernels.lora.spec import Outputs, Routing, Smalls, Stacks, Weights
 
 type Implementation = Literal["mosaic_gpu", "xla"]
 type Biases = tuple[Float[Array, " _"] | None, ...]
 
 
 class _Backend(NamedTuple):
-    forward: Callable[..., tuple[Outputs, Stacks]]
+    forward: Callable[..., tuple[Outputs, Smalls]]
     backward: Callable[..., tuple[Array, Stacks, Stacks]]
 
 

@@ -47,6 +47,7 @@ class Routing(NamedTuple):
 type Stacks = tuple[Float[Array, "E R _"], ...]
 type Weights = tuple[Float[Array, "K _"], ...]
 type Outputs = tuple[Float[Array, "T _"], ...]
+type Smalls = tuple[Float[Array, "T R"], ...]
 
 
 def _accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -101,7 +102,7 @@ def forward(
     b: Stacks,
     biases: tuple[Float[Array, " _"] | None, ...],
     routing: Routing,
-) -> tuple[Outputs, Stacks]:
+) -> tuple[Outputs, Smalls]:
     """Returns the outputs and the small S of each projection, [T, R] in X's dtype."""
     acc = _accumulator_dtype(x.dtype)
     num_tiles = routing.tile_adapter.shape[0]
@@ -132,7 +133,7 @@ def backward(
     ws: Weights,
     a: Stacks,
     b: Stacks,
-    ss: Stacks,
+    ss: Smalls,
     routing: Routing,
     dys: Outputs,
 ) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
@@ -176,4 +177,13 @@ def rows_per_tile(num_rows: int, num_tiles: int) -> int:
     return num_rows // num_tiles
 
 
-__all__ = ["Outputs", "Routing", "Stacks", "Weights", "backward", "forward", "rows_per_tile"]
+__all__ = [
+    "Outputs",
+    "Routing",
+    "Smalls",
+    "Stacks",
+    "Weights",
+    "backward",
+    "forward",
+    "rows_per_tile",
+]
