@@ -1,0 +1,174 @@
+"""Base models: loaded from Hugging Face directories and GGUF files, or made at random.
+
+Only safetensors and GGUF are read, never pickle.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax.numpy as jnp
+
+from lorafusion_jax.errors import ModelError
+from lorafusion_jax.models.config import ModelConfig, token_ids
+from lorafusion_jax.models.decoder import Decoder
+from lorafusion_jax.models.gguf_weights import read_gguf
+from lorafusion_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
+from lorafusion_jax.models.weights import LazyTensor, build_decoder, random_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+type Dtype = Literal["float32", "bfloat16"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = ("float32", "bfloat16")
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen base model with its tokenizer.
+
+    Attributes:
+        model: the decoder.
+        config: its shape.
+        path: where it was loaded from; "" for a random one.
+        name: what adapters call their base.
+        make_tokenizer: builds the tokenizer; None if the model has none.
+    """
+
+    model: Decoder
+    config: ModelConfig
+    path: str
+    name: str
+    make_tokenizer: Callable[[], "PreTrainedTokenizerFast"] | None = None
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer, loaded on first use."""
+        if self.make_tokenizer is None:
+            raise ModelError(f"base model {self.name!r} has no tokenizer")
+        return self.make_tokenizer()
+
+
+def load_base(path: str | Path, dtype: Dtype = "float32") -> Base:
+    """Loads a Llama-family model from a Hugging Face directory or a GGUF file.
+
+    Args:
+        path: directory with config.json, safetensors (sharded or not) and tokenizer.json, or a
+            .gguf file.
+        dtype: dtype of weights and activations.
+
+    Returns:
+        The model on the default device; its tokenizer is loaded on first use.
+
+    Raises:
+        ModelError: the path, architecture, weights or dtype cannot be used.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not supported: expected one of {list(_DTYPES)}")
+    path = Path(path)
+    if path.is_dir():
+        return _load_directory(path, dtype)
+    if path.suffix == ".gguf" and path.is_file():
+        config, tensors, metadata = read_gguf(path)
+        return Base(
+            build_decoder(config, tensors, jnp.dtype(dtype), str(path)),
+            config,
+            str(path),
+            path.stem,
+            partial(gguf_tokenizer, metadata, str(path)),
+        )
+    raise ModelError(
+        f"{path}: no such model: expected a Hugging Face directory or a .gguf file; download a "
+        "model first, for example with `hf download NAME --local-dir DIRECTORY`"
+    )
+
+
+def random_base(
+    config: ModelConfig,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+) -> Base:
+    """Makes a model of random weights, for tests and benchmarks.
+
+    Args:
+        config: its shape.
+        seed: same seed, same weights.
+        dtype: dtype of weights and activations.
+        tokenizer: tokenizer to go with it.
+    """
+    model = random_decoder(config, seed, jnp.dtype(dtype))
+    return Base(model, config, "", "random", None if tokenizer is None else lambda: tokenizer)
+
+
+def _load_directory(directory: Path, dtype: Dtype) -> Base:
+    values = _read_json(directory / "config.json")
+    config = ModelConfig.from_hf(values)
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        more = token_ids(_read_json(generation).get("eos_token_id"))
+        config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
+    model = build_decoder(config, _read_tensors(directory), jnp.dtype(dtype), str(directory))
+    name = directory.resolve().name
+    return Base(model, config, str(directory), name, partial(load_tokenizer, directory))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path.parent}: no {path.name}: expected a Hugging Face model directory")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _read_tensors(directory: Path) -> dict[str, LazyTensor]:
+    """Headers of all shards; data is read tensor by tensor."""
+    if (directory / _SINGLE).is_file():
+        return _read_shard(directory / _SINGLE)
+    if not (directory / _INDEX).is_file():
+        raise ModelError(
+            f"{directory}: neither {_SINGLE} nor {_INDEX}: expected safetensors weights; pickled "
+            "ones (pytorch_model.bin) are not read, convert them with transformers' "
+            "save_pretrained"
+        )
+    tensors: dict[str, LazyTensor] = {}
+    weight_map = _read_json(directory / _INDEX).get("weight_map", {})
+    for shard in sorted(set(weight_map.values())):
+        # A shard's name is data of the index file: it must not lead out of the directory.
+        if Path(shard).name != shard or not (directory / shard).is_file():
+            raise ModelError(
+                f"{directory / _INDEX}: names {shard!r}, which is not in the directory"
+            )
+        tensors |= _read_shard(directory / shard)
+    if missing := sorted(weight_map.keys() - tensors.keys()):
+        raise ModelError(f"{directory / _INDEX}: {missing[0]} ({len(missing)} such) in no shard")
+    return tensors
+
+
+def _read_shard(path: Path) -> dict[str, LazyTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
+    tensors = {}
+    for name in file.keys():
+        header = file.get_slice(name)
+        if header.get_dtype() not in _FLOATS:
+            raise ModelError(
+                f"{path}: {name} is {header.get_dtype()}: expected one of {list(_FLOATS)}"
+            )
+        tensors[name] = LazyTensor(tuple(header.get_shape()), partial(file.get_tensor, name))
+    return tensors
