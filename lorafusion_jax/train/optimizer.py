@@ -1,0 +1,175 @@
+"""Per-slot optimizers: optax transforms vmapped over adapter slots, each slot gated on its own.
+
+A slot moves only when its own global batch ended and its gradient is finite; otherwise its
+parameters, moments and counts keep their bits. Hyper-parameters are arrays, one value per slot, so
+jobs with other values, schedules or lengths run the same compiled program. Only the set of
+optimizer *names* in use is static.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+
+type Adapters = dict[str, dict[str, Float[Array, "slots r_max _"]]]
+"""{"a": {module path: stack}, "b": {module path: stack}}"""
+
+
+class Hyper(NamedTuple):
+    """Hyper-parameters of every slot, all [slots].
+
+    Attributes:
+        kind: index into OPTIMIZERS.
+        schedule: index into SCHEDULES.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up from 0.
+        total_steps: steps at which linear and cosine schedules reach 0.
+        b1, b2, eps: as in optax; `b1` is the momentum of sgd.
+        weight_decay: decoupled decay of adamw.
+        max_grad_norm: clips the slot's own global norm; inf never clips.
+        freeze_on_nonfinite: a rejected batch freezes the slot for good.
+    """
+
+    kind: Int[Array, " slots"]
+    schedule: Int[Array, " slots"]
+    lr: Float[Array, " slots"]
+    warmup_steps: Int[Array, " slots"]
+    total_steps: Int[Array, " slots"]
+    b1: Float[Array, " slots"]
+    b2: Float[Array, " slots"]
+    eps: Float[Array, " slots"]
+    weight_decay: Float[Array, " slots"]
+    max_grad_norm: Float[Array, " slots"]
+    freeze_on_nonfinite: Bool[Array, " slots"]
+
+
+class OptState(NamedTuple):
+    """State of every slot.
+
+    Attributes:
+        moments: optax state per optimizer name in use, slot axis first.
+        count: updates applied.
+        rejected: global batches rejected because of a non-finite gradient or loss.
+        frozen: the slot no longer trains (policy `freeze`).
+    """
+
+    moments: dict[str, PyTree]
+    count: Int[Array, " slots"]
+    rejected: Int[Array, " slots"]
+    frozen: Bool[Array, " slots"]
+
+
+class UpdateInfo(NamedTuple):
+    """What one gated update did, per slot; meaningful where a batch ended."""
+
+    applied: Bool[Array, " slots"]
+    grad_norm: Float[Array, " slots"]
+    lr: Float[Array, " slots"]
+
+
+def learning_rate(hyper: Hyper, step: Int[Array, "*s"]) -> Float[Array, "*s"]:
+    """Returns the learning rate after `step` applied updates (the formulas of transformers).
+
+    Linear warm-up from 0 over `warmup_steps`, then constant, linear to 0 or half a cosine to 0 at
+    `total_steps`.
+    """
+    step = step.astype(jnp.float32)
+    warmup = hyper.warmup_steps.astype(jnp.float32)
+    total = hyper.total_steps.astype(jnp.float32)
+    progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+    decay = jnp.select(
+        [hyper.schedule == SCHEDULES.index("linear"), hyper.schedule == SCHEDULES.index("cosine")],
+        [1.0 - progress, 0.5 * (1.0 + jnp.cos(jnp.pi * progress))],
+        1.0,
+    )
+    rising = step / jnp.maximum(warmup, 1.0)
+    return hyper.lr * jnp.where(step < warmup, rising, decay)
+
+
+def transform(name: str, hyper: Hyper) -> optax.GradientTransformation:
+    """Returns one slot's transform before the learning rate; `hyper` holds that slot's scalars."""
+    if name == "sgd":
+        return optax.trace(hyper.b1)  # pyright: ignore[reportArgumentType]
+    adam = optax.scale_by_adam(hyper.b1, hyper.b2, hyper.eps)
+    if name == "adam":
+        return adam
+    if name == "adamw":
+        return optax.chain(adam, optax.add_decayed_weights(hyper.weight_decay))
+    raise AssertionError(f"unknown optimizer {name!r}; the configuration checks names")
+
+
+def init(params: Adapters, names: tuple[str, ...], num_slots: int) -> OptState:
+    """Returns zero moments and counts for the optimizers in `names`."""
+    scalars = Hyper(*(jnp.zeros(()) for _ in Hyper._fields))
+    moments = {n: jax.vmap(transform(n, scalars).init, axis_size=num_slots)(params) for n in names}
+    zeros = jnp.zeros(num_slots, jnp.int32)
+    return OptState(moments, zeros, zeros, jnp.zeros(num_slots, jnp.bool_))
+
+
+def _where_slot(mask: Bool[Array, " slots"], new: PyTree, old: PyTree) -> PyTree:
+    def select(x, y):
+        return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(select, new, old)
+
+
+def _slot_update(
+    name: str, hyper: Hyper, lr: Array, moments: PyTree, params: Adapters, grads: Adapters
+) -> tuple[Adapters, PyTree]:
+    """One slot's new parameters and moments."""
+    clipped, _ = optax.clip_by_global_norm(hyper.max_grad_norm).update(grads, optax.EmptyState())
+    updates, moments = transform(name, hyper).update(clipped, moments, params)
+    return jax.tree.map(lambda p, u: p - lr * u, params, updates), moments
+
+
+def gated_update(
+    params: Adapters,
+    state: OptState,
+    grads: Adapters,
+    loss: Float[Array, " slots"],
+    ended: Bool[Array, " slots"],
+    hyper: Hyper,
+) -> tuple[Adapters, OptState, UpdateInfo]:
+    """Updates the slots whose global batch ended with finite loss and gradient; freezes the rest.
+
+    A non-finite gradient, gradient norm or loss rejects the slot's whole global batch: its
+    parameters, moments and count keep their bits and the rejection is counted. No value of one
+    slot reaches another.
+
+    Args:
+        params: adapter stacks.
+        state: optimizer state.
+        grads: gradients accumulated over each slot's global batch.
+        loss: loss of each slot's global batch.
+        ended: slots whose global batch is complete.
+        hyper: hyper-parameters.
+    """
+    norm = jax.vmap(optax.tree.norm)(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    live = ended & ~state.frozen
+    applied, rejected = live & finite, live & ~finite
+    lr = learning_rate(hyper, state.count)
+    moments = {}
+    for name, old in state.moments.items():
+        update = jax.vmap(lambda *args, name=name: _slot_update(name, *args))
+        new_params, new_moments = update(hyper, lr, old, params, grads)
+        gate = applied & (hyper.kind == OPTIMIZERS.index(name))
+        params = _where_slot(gate, new_params, params)
+        moments[name] = _where_slot(gate, new_moments, old)
+    new_state = OptState(
+        moments=moments,
+        count=state.count + applied,
+        rejected=state.rejected + rejected,
+        frozen=state.frozen | (rejected & hyper.freeze_on_nonfinite),
+    )
+    return params, new_state, UpdateInfo(applied, norm, lr)
+
+
+def reset_slot(state: OptState, slot: Int[Array, ""]) -> OptState:
+    """Returns the state with one slot's moments and counts zeroed, whatever lay there."""
+    return jax.tree.map(lambda x: x.at[slot].set(jnp.zeros((), x.dtype)), state)
