@@ -7,13 +7,11 @@ all: the supervised ones are gathered to the front and the loop stops after the 
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-
-type VocabAxis = Literal[0, 1]
 
 
 class TokenLosses(NamedTuple):
@@ -28,13 +26,12 @@ class TokenLosses(NamedTuple):
     correct: Bool[Array, " T"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def token_losses(
     hidden: Float[Array, "T d"],
-    head: Float[Array, "_ _"],
+    head: Float[Array, "V d"],
     labels: Int[Array, " T"],
     weight: Float[Array, " T"],
-    vocab_axis: VocabAxis,
     chunk: int,
 ) -> TokenLosses:
     """Computes the weighted cross-entropy of each row against its label.
@@ -44,19 +41,18 @@ def token_losses(
 
     Args:
         hidden: final hidden states.
-        head: frozen LM head, [V, d] (`vocab_axis` 0, tied embeddings) or [d, V] (`vocab_axis` 1).
+        head: frozen LM head, vocabulary first as in tied embeddings.
         labels: token id that each row should predict.
         weight: loss weight of each row, 0 for unsupervised ones.
-        vocab_axis: which axis of `head` is the vocabulary.
         chunk: rows whose logits exist at the same time.
 
     Returns:
         Losses in float32 (float64 for float64 inputs) and whether the arg-max is right.
     """
-    return _forward(hidden, head, labels, weight, vocab_axis, chunk, with_gradient=False)[0]
+    return _forward(hidden, head, labels, weight, chunk, with_gradient=False)[0]
 
 
-def _forward(hidden, head, labels, weight, vocab_axis, chunk, *, with_gradient: bool):
+def _forward(hidden, head, labels, weight, chunk, *, with_gradient: bool):
     num_rows = hidden.shape[0]
     acc = jnp.promote_types(hidden.dtype, jnp.float32)
     padded = -(-num_rows // chunk) * chunk
@@ -74,7 +70,7 @@ def _forward(hidden, head, labels, weight, vocab_axis, chunk, *, with_gradient: 
         row_weight = jnp.where(is_live, weight[rows], 0).astype(acc)
         label = labels[rows]
         logits = jax.lax.dot_general(
-            h, head, (((1,), (1 - vocab_axis,)), ((), ())), preferred_element_type=acc
+            h, head, (((1,), (1,)), ((), ())), preferred_element_type=acc
         )
         log_z = jax.nn.logsumexp(logits, axis=1)
         label_logit = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
@@ -88,7 +84,7 @@ def _forward(hidden, head, labels, weight, vocab_axis, chunk, *, with_gradient: 
             dlogits = jnp.exp(logits - log_z[:, None]) - is_label.astype(acc)
             dlogits = (dlogits * row_weight[:, None]).astype(hidden.dtype)
             dh = jax.lax.dot_general(
-                dlogits, head, (((1,), (vocab_axis,)), ((), ())), preferred_element_type=acc
+                dlogits, head, (((1,), (0,)), ((), ())), preferred_element_type=acc
             )
             dhidden = dhidden.at[target].set(dh.astype(hidden.dtype), mode="drop")
         return losses, correct, dhidden
@@ -99,11 +95,11 @@ def _forward(hidden, head, labels, weight, vocab_axis, chunk, *, with_gradient: 
     return TokenLosses(losses, correct), dhidden
 
 
-def _token_losses_fwd(hidden, head, labels, weight, vocab_axis, chunk):
-    return _forward(hidden, head, labels, weight, vocab_axis, chunk, with_gradient=True)
+def _token_losses_fwd(hidden, head, labels, weight, chunk):
+    return _forward(hidden, head, labels, weight, chunk, with_gradient=True)
 
 
-def _token_losses_bwd(vocab_axis, chunk, dhidden, cotangent):
+def _token_losses_bwd(chunk, dhidden, cotangent):
     row_scale = cotangent.weighted[:, None].astype(dhidden.dtype)
     # A row that took part in nothing has gradient 0, whatever its cotangent is.
     dx = jnp.where(dhidden == 0, jnp.zeros((), dhidden.dtype), dhidden * row_scale)

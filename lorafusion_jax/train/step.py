@@ -24,7 +24,7 @@ from lorafusion_jax.lora.bank import (
 from lorafusion_jax.models.attention import Segments
 from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.batch import PackedBatch
-from lorafusion_jax.train.loss import TokenLosses, VocabAxis, sum_by_slot, token_losses
+from lorafusion_jax.train.loss import TokenLosses, sum_by_slot, token_losses
 from lorafusion_jax.train.optimizer import Adapters, Hyper, OptState
 
 LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32 logits at a time
@@ -75,13 +75,11 @@ class Model(NamedTuple):
 
     Attributes:
         graphdef: of the decoder with adapter stacks attached.
-        vocab_axis: which axis of `head_weight()` is the vocabulary.
         remat: rematerialisation policy of the backward pass.
         loss_chunk: rows whose logits exist at a time.
     """
 
     graphdef: nnx.GraphDef
-    vocab_axis: VocabAxis
     remat: str
     loss_chunk: int
 
@@ -121,7 +119,7 @@ def _token_losses(
     hidden = decoder(batch.tokens, batch.positions, segments, context, remat=remat)  # pyright: ignore[reportCallIssue]
     head = decoder.head_weight()  # pyright: ignore[reportAttributeAccessIssue]
     weight = batch.loss_weight
-    return token_losses(hidden, head, batch.labels, weight, model.vocab_axis, model.loss_chunk)
+    return token_losses(hidden, head, batch.labels, weight, model.loss_chunk)
 
 
 def train_step(
