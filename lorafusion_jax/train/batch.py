@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
 from lorafusion_sched import Microbatch
 
 

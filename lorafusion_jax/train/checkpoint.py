@@ -61,8 +61,7 @@ def unflatten_like(tree: PyTree, leaves: Leaves) -> PyTree:
             problems.append(f"{name}: missing")
         elif got.shape != leaf.shape or got.dtype != leaf.dtype:
             problems.append(
-                f"{name}: got {got.dtype}{list(got.shape)}, expected "
-                f"{leaf.dtype}{list(leaf.shape)}"
+                f"{name}: got {got.dtype}{list(got.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
             )
     if problems:
         raise CheckpointError(f"the checkpoint belongs to another state: {problems[0]}")
@@ -181,8 +180,7 @@ class Checkpoints:
             text = ocp.load_checkpointables(path, {"record": None})["record"]["json"]
             record = _checked_record(text)
             abstract = {
-                name: np.empty(shape, dtype)
-                for name, (_, dtype, shape) in record["leaves"].items()
+                name: np.empty(shape, dtype) for name, (_, dtype, shape) in record["leaves"].items()
             }
             leaves = ocp.load_checkpointables(path, {"state": abstract})["state"]
         except CheckpointError as error:

@@ -69,9 +69,7 @@ def _forward(hidden, head, labels, weight, chunk, *, with_gradient: bool):
         h = jnp.where(is_live[:, None], hidden[rows], 0)
         row_weight = jnp.where(is_live, weight[rows], 0).astype(acc)
         label = labels[rows]
-        logits = jax.lax.dot_general(
-            h, head, (((1,), (1,)), ((), ())), preferred_element_type=acc
-        )
+        logits = jax.lax.dot_general(h, head, (((1,), (1,)), ((), ())), preferred_element_type=acc)
         log_z = jax.nn.logsumexp(logits, axis=1)
         label_logit = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
         # Rows past the last live one would write to row 0: send them out of bounds instead.

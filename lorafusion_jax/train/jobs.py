@@ -1,0 +1,181 @@
+"""From a job's configuration and data to what is planned and packed: samples, batches, weights."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorafusion_jax.config import BatchingConfig, JobConfig, OptimConfig
+from lorafusion_jax.data.order import batch_order, split_eval
+from lorafusion_jax.data.records import read_records, records_from_rows
+from lorafusion_jax.data.tokenize import Dataset, tokenize_dataset
+from lorafusion_jax.errors import DataError
+from lorafusion_jax.lora.bank import LoraSpec
+from lorafusion_jax.models.hf_weights import Base
+from lorafusion_jax.train.optimizer import OPTIMIZERS, SCHEDULES, Hyper
+from lorafusion_sched import Job, Sample
+from pallas_kernels import job_seed
+
+type Data = str | Path | Dataset | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A job ready to be planned.
+
+    Attributes:
+        config: its settings.
+        seed: its 32-bit seed, a function of the run's seed and its name.
+        samples: training data.
+        plan: its global batches for the planner.
+        batch_tokens: supervised tokens of each global batch.
+        eval_samples: held-out data; the same data set as `samples` where it was split off.
+        eval_indices: which of them are held out; may be empty.
+    """
+
+    config: JobConfig
+    seed: int
+    samples: Dataset
+    plan: Job
+    batch_tokens: dict[int, int]
+    eval_samples: Dataset
+    eval_indices: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.config.name
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps it takes."""
+        return len(self.plan.batches)
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of its training and held-out data."""
+        return f"{self.samples.fingerprint}:{self.eval_samples.fingerprint}"
+
+    def eval_plan(self) -> Job:
+        """Its held-out samples as one global batch, for packing."""
+        lengths = self.eval_samples.lengths
+        samples = tuple(Sample(0, i, int(lengths[i])) for i in self.eval_indices)
+        return Job(name=self.name, batches=(samples,) if samples else ())
+
+
+def resolve_job(
+    config: JobConfig, data: Data, base: Base, batching: BatchingConfig, seed: int
+) -> TrainJob:
+    """Reads, tokenises and splits a job's data and cuts it into global batches.
+
+    Args:
+        config: the job.
+        data: file, rows or tokenised samples to train on.
+        base: whose tokenizer is used.
+        batching: longest sample and what happens to longer ones.
+        seed: of the run.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    samples = _dataset(data, config, base, batching)
+    if config.eval.path is not None:
+        eval_samples = _dataset(config.eval.path, config, base, batching)
+        train, held_out = np.arange(len(samples)), np.arange(len(eval_samples))
+    else:
+        eval_samples = samples
+        train, held_out = split_eval(len(samples), config.eval.split, seed, config.name)
+    held_out = held_out[: config.eval.max_samples]
+    batches = _batches(config, samples, train, seed)
+    counts = samples.supervised_counts
+    tokens = {i: int(sum(counts[s.index] for s in batch)) for i, batch in enumerate(batches)}
+    return TrainJob(
+        config=config,
+        seed=job_seed(seed, config.name),
+        samples=samples,
+        plan=Job(name=config.name, batches=batches),
+        batch_tokens=tokens,
+        eval_samples=eval_samples,
+        eval_indices=tuple(int(i) for i in held_out),
+    )
+
+
+def _dataset(data: Data, config: JobConfig, base: Base, batching: BatchingConfig) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, str | Path):
+        records = read_records(data, config.data.format)
+    else:
+        records = records_from_rows([dict(row) for row in data], config.data.format, config.name)
+    dataset = tokenize_dataset(
+        records,
+        base.tokenizer,
+        max_length=batching.max_length,
+        overlong=batching.overlong,
+        name=str(data) if isinstance(data, str | Path) else config.name,
+    )
+    if len(dataset) == 0:
+        raise DataError(f"job {config.name}: no samples are left of {len(records)} rows")
+    return dataset
+
+
+def _batches(
+    config: JobConfig, samples: Dataset, train: np.ndarray, seed: int
+) -> tuple[tuple[Sample, ...], ...]:
+    """Walks over the training samples epoch by epoch; an epoch's last batch may be smaller."""
+    size, lengths = config.train.global_batch_size, samples.lengths
+    per_epoch = math.ceil(len(train) / size)
+    steps = config.train.max_steps or per_epoch * (config.train.epochs or 1)
+    batches: list[tuple[Sample, ...]] = []
+    for epoch in range(math.ceil(steps / per_epoch)):
+        order = train[batch_order(seed, config.name, epoch, len(train))]
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batches.append(tuple(Sample(epoch, int(i), int(lengths[i])) for i in chosen))
+    return tuple(batches[:steps])
+
+
+def lora_spec(config: JobConfig) -> LoraSpec:
+    """Returns a job's adapter in the words of the lora room."""
+    return LoraSpec(**config.lora.model_dump())
+
+
+def hyper_parameters(jobs: Sequence[TrainJob], slots: Mapping[str, int], num_slots: int) -> Hyper:
+    """Returns the hyper-parameters of every slot; free slots have learning rate 0."""
+    columns: dict[str, np.ndarray] = {
+        "kind": np.zeros(num_slots, np.int32),
+        "schedule": np.zeros(num_slots, np.int32),
+        "warmup_steps": np.zeros(num_slots, np.int32),
+        "total_steps": np.ones(num_slots, np.int32),
+        "freeze_on_nonfinite": np.zeros(num_slots, np.bool_),
+    } | {
+        name: np.zeros(num_slots, np.float32)
+        for name in ("lr", "b1", "b2", "eps", "weight_decay", "max_grad_norm")
+    }
+    for job in jobs:
+        if job.name in slots:
+            values = _slot_values(job.config.optim, job.num_steps)
+            values["freeze_on_nonfinite"] = job.config.train.on_nonfinite == "freeze"
+            for name, value in values.items():
+                columns[name][slots[job.name]] = value
+    return Hyper(**columns)  # pyright: ignore[reportArgumentType]
+
+
+def _slot_values(optim: OptimConfig, num_steps: int) -> dict[str, Any]:
+    warmup = optim.warmup_steps
+    clip = optim.max_grad_norm
+    return {
+        "kind": OPTIMIZERS.index(optim.name),
+        "schedule": SCHEDULES.index(optim.schedule.removesuffix("_with_warmup")),
+        "lr": optim.lr,
+        "warmup_steps": math.ceil(optim.warmup_ratio * num_steps) if warmup is None else warmup,
+        "total_steps": num_steps,
+        "b1": optim.betas[0],
+        "b2": optim.betas[1],
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": math.inf if clip is None else clip,
+    }
