@@ -171,9 +171,10 @@ class LoraConfig(Section):
                 except (re.error, RecursionError, OverflowError) as error:
                     raise ValueError(f"got {value!r}, not a regular expression: {error}") from None
             return value
-        names = isinstance(value, list | tuple) and bool(value)
-        if names and all(isinstance(name, str) and name for name in value):
-            return tuple(value)
+        if isinstance(value, list | tuple) and value:
+            names = tuple(name for name in value if isinstance(name, str) and name)
+            if len(names) == len(value):
+                return names
         raise ValueError(f'got {value!r}, expected "all-linear", a list of names, or a regex')
 
 

@@ -1,1 +1,21 @@
-"""data room; see its modules."""
+"""Training data: rows, token ids with loss masks, and the order they are seen in."""
+
+from lorafusion_jax.data.cache import load_dataset, tokenizer_fingerprint
+from lorafusion_jax.data.dataset import Dataset
+from lorafusion_jax.data.order import batch_order, split_eval
+from lorafusion_jax.data.records import Message, Record, read_records, records_from_rows
+from lorafusion_jax.data.tokenize import prompt_text, tokenize_dataset
+
+__all__ = [
+    "Dataset",
+    "Message",
+    "Record",
+    "batch_order",
+    "load_dataset",
+    "prompt_text",
+    "read_records",
+    "records_from_rows",
+    "split_eval",
+    "tokenize_dataset",
+    "tokenizer_fingerprint",
+]

@@ -1,0 +1,84 @@
+"""Tokenised samples in flat arrays."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """Samples one after the other; `dataset[i]` is the tokens and the loss mask of sample i.
+
+    Attributes:
+        tokens: token ids.
+        supervised: whether the token is a target; never the first token of a sample, which nothing
+            predicts.
+        offsets: sample i is [offsets[i], offsets[i + 1]).
+        lines: 1-based line of each sample in its file.
+        truncated: samples that were cut to the longest length.
+        dropped: rows left out: too long, or without a target after the cut.
+    """
+
+    tokens: Int32[np.ndarray, " tokens"]
+    supervised: Bool[np.ndarray, " tokens"]
+    offsets: Int64[np.ndarray, " samples+1"]
+    lines: Int32[np.ndarray, " samples"]
+    truncated: int = 0
+    dropped: int = 0
+
+    @classmethod
+    def from_samples(
+        cls,
+        samples: Iterable[tuple[int, list[int], list[bool]]],
+        *,
+        truncated: int = 0,
+        dropped: int = 0,
+    ) -> Self:
+        """Joins (line, tokens, supervised) samples."""
+        lines, tokens, masks, ends = [], [np.zeros(0, np.int32)], [np.zeros(0, bool)], [0]
+        for line, ids, supervised in samples:
+            lines.append(line)
+            tokens.append(np.asarray(ids, np.int32))
+            masks.append(np.asarray(supervised, bool))
+            ends.append(ends[-1] + len(ids))
+        return cls(
+            np.concatenate(tokens),
+            np.concatenate(masks),
+            np.asarray(ends, np.int64),
+            np.asarray(lines, np.int32),
+            truncated,
+            dropped,
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[Int32[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return self.tokens[part], self.supervised[part]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " samples"]:
+        """Tokens of each sample."""
+        return np.diff(self.offsets)
+
+    @property
+    def supervised_counts(self) -> Int64[np.ndarray, " samples"]:
+        """Targets of each sample."""
+        before = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
+        return before[self.offsets[1:]] - before[self.offsets[:-1]]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of tokens, masks and offsets: equal exactly when the samples are."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.supervised, self.offsets):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
