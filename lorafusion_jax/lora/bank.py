@@ -17,7 +17,6 @@ slot the rows beyond its rank and the modules it does not target are exact zeros
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -27,52 +26,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear
-from pallas_kernels.dropout import MIN_RATE
+from lorafusion_jax.lora.targets import LoraSpec
 
 type Adapter = dict[str, tuple[Float[Array, "r K"], Float[Array, "r N"]]]
 type Stacks = dict[str, Float[Array, "slots r_max _"]]
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSpec:
-    """What an adapter is, in PEFT's words and with PEFT's meaning.
-
-    Attributes:
-        r: rank.
-        alpha: scale numerator.
-        dropout: rate on the adapter branch's input; 0 or in [1/512, 1).
-        use_rslora: scale by alpha / sqrt(r) instead of alpha / r.
-        target_modules: names (equal to a module path or its last parts), a regular expression that
-            matches whole module paths, or "all-linear" for all linears but the output head.
-        exclude_modules: names or a regular expression of modules to leave out.
-        init: A is uniform in +-1/sqrt(in) ("default") or normal with deviation 1/r ("gaussian");
-            B is zero.
-    """
-
-    r: int = 8
-    alpha: int | float = 8
-    dropout: int | float = 0
-    use_rslora: bool = False
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    exclude_modules: str | tuple[str, ...] | None = None
-    init: str = "default"
-
-    def __post_init__(self):
-        if self.r < 1:
-            raise AdapterError(f"r={self.r} must be at least 1")
-        if not 0 < self.alpha < float("inf"):
-            raise AdapterError(f"alpha={self.alpha} must be a positive number")
-        if self.dropout and not MIN_RATE <= self.dropout < 1:
-            raise AdapterError(f"dropout={self.dropout} must be 0 or in [1/512, 1)")
-        if self.init not in ("default", "gaussian"):
-            raise AdapterError(f"init={self.init!r} must be 'default' or 'gaussian'")
-
-    @property
-    def scale(self) -> float:
-        """What the adapter's output is multiplied by."""
-        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
 class AdapterBank(NamedTuple):

@@ -1,14 +1,16 @@
 """NNX linears that carry LoRA adapters: of many jobs at once, or of one."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels import fused_multi_lora
+from pallas_kernels import fused_lora, fused_multi_lora, row_keys
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -149,7 +151,101 @@ def _stacks(linear: MultiLoRALinear) -> tuple[Array, Array] | None:
     return linear.lora_a[...], linear.lora_b[...]
 
 
-def _operands(linear: MultiLoRALinear, x: Array) -> tuple[Array, Array, Array | None]:
+class LoRALinear(nnx.Module):
+    """An `nnx.Linear` with one adapter, for training loops that know nothing of this package.
+
+    It keeps the linear's `kernel` and `bias` at the same path and adds `lora_a` and `lora_b`:
+
+        optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.LoRAParam)
+        gradients = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, batch)
+
+    Kernel and bias are frozen: their gradient is zero even where it is asked for. Dropout follows
+    `model.train()` and `model.eval()` as in `nnx.Dropout`. Its masks come from the module's own
+    stream of random keys, or are a function of `row_key` where the caller gives one.
+
+    Args:
+        base: the linear to adapt.
+        a: initial A, [r, in] (PEFT's lora_A.weight).
+        b: initial B, [r, out] (PEFT's lora_B.weight transposed).
+        scale: what the adapter's output is multiplied by.
+        dropout: rate on the adapter's input; 0 or in [1/512, 1).
+        site: tells the masks of modules apart that are called with the same `row_key`.
+        rngs: source of the dropout keys; needed if `dropout` > 0.
+    """
+
+    def __init__(
+        self,
+        base: nnx.Linear,
+        a: Float[Array, "r K"],
+        b: Float[Array, "r N"],
+        *,
+        scale: int | float = 1,
+        dropout: int | float = 0,
+        site: int = 0,
+        rngs: nnx.Rngs | None = None,
+    ):
+        if dropout and rngs is None:
+            raise ValueError(f"{dropout=} needs rngs, such as nnx.Rngs(dropout=0)")
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.dtype = base.dtype
+        self.kernel = base.kernel
+        self.bias = nnx.data(base.bias)
+        self.lora_a = nnx.LoRAParam(a)
+        self.lora_b = nnx.LoRAParam(b)
+        self.scale = scale
+        self.dropout = dropout
+        self.site = site
+        self.deterministic = False
+        self.rngs = nnx.data(rngs["dropout"].fork() if dropout and rngs is not None else None)
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch K"],
+        *,
+        row_key: UInt32[Array, "*batch"] | None = None,
+    ) -> Float[Array, "*batch N"]:
+        """Applies the linear and its adapter.
+
+        Args:
+            x: input, any leading shape.
+            row_key: dropout identity of each row (`pallas_kernels.row_keys`), for masks that do not
+                depend on how often the module was called; 0 marks padding rows.
+
+        Returns:
+            The output, same leading shape.
+        """
+        rate = 0.0 if self.deterministic else self.dropout
+        if rate and row_key is None:
+            row_key = self._next_row_keys(x.shape[:-1])
+        x, kernel, bias = _operands(self, x)
+        return fused_lora(
+            x,
+            kernel,
+            self.lora_a[...],
+            self.lora_b[...],
+            self.scale,
+            rate=rate,
+            row_key=row_key,
+            site=self.site,
+            bias=bias,
+        )
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Lets `nnx.view(model, deterministic=...)` switch dropout."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _next_row_keys(self, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+        """New keys for all rows, from the module's stream."""
+        assert self.rngs is not None  # the constructor asks for it where the rate is above 0
+        seed = jax.random.bits(self.rngs(), dtype=jnp.uint32)
+        row = jnp.arange(math.prod(shape))
+        zero = jnp.zeros_like(row)
+        return row_keys(jnp.full(row.shape, seed), zero, zero, row).reshape(shape)
+
+
+def _operands(linear: MultiLoRALinear | LoRALinear, x: Array) -> tuple[Array, Array, Array | None]:
     """Input, kernel and bias in the dtype of the computation; no copy where they have it."""
     kernel = linear.kernel[...]
     dtype = linear.dtype or jnp.promote_types(x.dtype, kernel.dtype)
