@@ -23,11 +23,16 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# Shape and dtype checks of every annotated function of the array packages, where installed.
+# Shape and dtype checks of every annotated function of the array rooms, where installed. The
+# configuration is left to pydantic, whose hints are not all checkable at run time.
+_ARRAY_ROOMS = ("data", "lora", "models", "parallel", "train")
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook(["lorafusion_jax", "pallas_kernels"], "beartype.beartype")
+    install_import_hook(
+        [*(f"lorafusion_jax.{room}" for room in _ARRAY_ROOMS), "pallas_kernels"],
+        "beartype.beartype",
+    )
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings

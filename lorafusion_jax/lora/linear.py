@@ -193,8 +193,8 @@ class LoRALinear(nnx.Module):
         self.bias = nnx.data(base.bias)
         self.lora_a = nnx.LoRAParam(a)
         self.lora_b = nnx.LoRAParam(b)
-        self.scale = scale
-        self.dropout = dropout
+        self.scale = float(scale)
+        self.dropout = float(dropout)
         self.site = site
         self.deterministic = False
         self.rngs = nnx.data(rngs["dropout"].fork() if dropout and rngs is not None else None)
