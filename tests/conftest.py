@@ -5,6 +5,8 @@ import importlib.util
 import os
 import re
 import socket
+import sys
+import types
 
 import pytest
 
@@ -22,16 +24,23 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Programs compiled by tests stay out of the user's cache.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 # Shape and dtype checks of every annotated function of the array rooms, where installed. The
 # configuration is left to pydantic, whose hints are not all checkable at run time.
 _ARRAY_ROOMS = ("data", "lora", "models", "parallel", "train")
 if importlib.util.find_spec("beartype"):
+    from beartype import BeartypeConf, beartype
     from jaxtyping import install_import_hook
 
+    # An int is a float here, as for every static type checker. The hook takes the checker by name.
+    _checker = types.ModuleType("_annotation_checker")
+    vars(_checker)["check"] = beartype(conf=BeartypeConf(is_pep484_tower=True))
+    sys.modules[_checker.__name__] = _checker
     install_import_hook(
         [*(f"lorafusion_jax.{room}" for room in _ARRAY_ROOMS), "pallas_kernels"],
-        "beartype.beartype",
+        "_annotation_checker.check",
     )
 
 if importlib.util.find_spec("hypothesis"):

@@ -1,0 +1,201 @@
+"""Renders the tables of README.md from docs/results/**/*.json.
+
+    python -m lorafusion_jax.bench.report [--check] [README.md]
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is between them is replaced.
+With `--check` nothing is written, and a README that is out of date gives exit code 1.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from lorafusion_jax.bench.results import RESULTS, Row
+
+_MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+class Column(NamedTuple):
+    """A printed column: key in the row, heading, and format of its numbers."""
+
+    key: str
+    heading: str
+    format: str = ""
+
+
+class Table(NamedTuple):
+    """How a bench is printed.
+
+    Attributes:
+        columns: one printed column each; where `pivot` is given, what rows are grouped by.
+        pivot: key whose values become further columns, such as `impl`.
+        value: what stands in those columns.
+        where: only rows with these values are printed.
+    """
+
+    columns: tuple[Column, ...]
+    pivot: str | None = None
+    value: Column | None = None
+    where: Row = {}  # noqa: RUF012  (never changed)
+
+
+TABLES = {
+    "demo": Table(
+        (
+            Column("job", "task"),
+            Column("rank", "rank"),
+            Column("samples", "held-out rows"),
+            Column("base_loss", "loss, base", ".2f"),
+            Column("adapter_loss", "loss, adapter", ".2f"),
+            Column("base_exact", "exact match, base", ".0%"),
+            Column("adapter_exact", "exact match, adapter", ".0%"),
+        )
+    ),
+    "kernels": Table(
+        (
+            Column("tokens", "tokens", ","),
+            Column("k", "k"),
+            Column("n", "n"),
+            Column("r", "rank"),
+            Column("adapters", "adapters"),
+            Column("pass", "pass"),
+        ),
+        pivot="impl",
+        value=Column("ratio_to_frozen", "time / frozen", ".2f"),
+    ),
+    "layer": Table(
+        (
+            Column("impl", "implementation"),
+            Column("tokens", "tokens", ","),
+            Column("ms", "ms", ".2f"),
+            Column("tokens_per_s", "tokens/s", ",.0f"),
+            Column("mfu", "MFU", ".1%"),
+            Column("ratio_to_frozen", "time / frozen", ".2f"),
+        )
+    ),
+    "training": Table(
+        (
+            Column("lengths", "lengths"),
+            Column("system", "system"),
+            Column("tokens_per_s", "tokens/s", ",.0f"),
+            Column("mfu", "MFU", ".1%"),
+            Column("padding", "padding", ".1%"),
+            Column("peak_gib", "peak GiB", ".1f"),
+        )
+    ),
+    "schedule": Table(
+        (
+            Column("lengths", "lengths"),
+            Column("stages", "stages"),
+            Column("gbs", "global batch"),
+            Column("capacity", "capacity", ","),
+        ),
+        pivot="planner",
+        value=Column("utilisation", "utilisation", ".1%"),
+    ),
+    "scaling": Table(
+        (
+            Column("system", "system"),
+            Column("model", "model"),
+            Column("mesh", "mesh"),
+            Column("lengths", "lengths"),
+            Column("tokens_per_s", "tokens/s", ",.0f"),
+            Column("mfu", "MFU", ".1%"),
+            Column("bubble", "bubble", ".1%"),
+        )
+    ),
+}
+
+
+def _cell(value: object, form: str = "") -> str:
+    if value is None:
+        return ""
+    text = format(value, form) if isinstance(value, int | float) else str(value)
+    return text.replace("|", "\\|")
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
+    """Returns a GitHub table; columns whose cells all look like numbers are set flush right."""
+    number = re.compile(r"[-+]?[\d,]*\.?\d+%?|")
+    right = [all(number.fullmatch(row[i]) for row in rows) for i in range(len(headings))]
+    lines = [headings, ["---:" if flag else "---" for flag in right], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def render(table: Table, rows: list[Row]) -> str:
+    """Returns the rows of one results file as a GitHub table.
+
+    Rows that share all grouping columns and the pivot (such as several seeds) are averaged.
+    """
+    rows = [row for row in rows if all(row.get(k) == v for k, v in table.where.items())]
+    headings = [column.heading for column in table.columns]
+    if table.pivot is None or table.value is None:
+        cells = [[_cell(row.get(c.key), c.format) for c in table.columns] for row in rows]
+        return markdown_table(headings, cells)
+    names = list(dict.fromkeys(str(row[table.pivot]) for row in rows))
+    groups: dict[tuple, dict[str, list[float]]] = {}
+    for row in rows:
+        value = row.get(table.value.key)
+        group = groups.setdefault(tuple(row.get(c.key) for c in table.columns), {})
+        if isinstance(value, int | float):
+            group.setdefault(str(row[table.pivot]), []).append(value)
+    cells = [
+        [_cell(v, c.format) for v, c in zip(key, table.columns, strict=True)]
+        + [_cell(_mean(group.get(name, [])), table.value.format) for name in names]
+        for key, group in groups.items()
+    ]
+    return markdown_table(headings + names, cells)
+
+
+def section(bench: str, root: Path = RESULTS) -> str:
+    """Returns all devices' tables of one bench, each with the command that made it."""
+    parts = []
+    for path in sorted(root.glob(f"*/{bench}.json")):
+        record = json.loads(path.read_text())
+        jax = record["versions"].get("jax", "?")
+        value = TABLES[bench].value
+        what = f" {value.heading[0].upper()}{value.heading[1:]}." if value else ""
+        head = f"{record['device']}, {record['date']}, jax {jax}: `{record['command']}`.{what}"
+        parts.append(f"{head}\n\n{render(TABLES[bench], record['rows'])}\n")
+    return "\n".join(parts)
+
+
+def update(text: str, root: Path = RESULTS) -> str:
+    """Returns README text with every marked table replaced.
+
+    Raises:
+        ValueError: a marker names a table that does not exist.
+    """
+
+    def fresh(match: re.Match) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}; there are: {', '.join(TABLES)}")
+        body = section(name, root)
+        return f"{match[1]}\n{body}\n{match[3]}" if body else f"{match[1]}{match[3]}"
+
+    return _MARKED.sub(fresh, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Updates or checks the file; returns the exit code."""
+    check = "--check" in arguments
+    names = [a for a in arguments if a != "--check"]
+    path = Path(names[0] if names else "README.md")
+    old = path.read_text()
+    new = update(old)
+    if check:
+        print(f"{path}: {'up to date' if new == old else 'out of date; run `make readme`'}")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

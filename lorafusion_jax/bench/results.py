@@ -1,0 +1,73 @@
+"""Results files: docs/results/<device>/<bench>.json, the source of every published figure."""
+
+import datetime
+import importlib.metadata
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+RESULTS = Path("docs/results")
+_VERSIONS_OF = ("lorafusion-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+type Row = dict[str, str | int | float | bool | None]
+
+
+def device_name() -> str:
+    """Returns the first device's kind as a folder name, such as `nvidia-h100-80gb-hbm3`."""
+    import jax
+
+    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Returns the installed versions that a measurement depends on."""
+    found = {}
+    for package in _VERSIONS_OF:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout, not installed
+            continue
+    return found
+
+
+def write_results(
+    bench: str,
+    rows: list[Row],
+    *,
+    command: str | None = None,
+    device: str | None = None,
+    root: Path = RESULTS,
+) -> Path:
+    """Writes one results file.
+
+    Args:
+        bench: name of the benchmark; also the file's name.
+        rows: one flat record per measurement; the columns of each bench are fixed by convention.
+        command: what reproduces it; this process's command line by default.
+        device: folder name; the first device's kind by default.
+        root: folder of all results.
+
+    Returns:
+        The file's path.
+    """
+    device = device or device_name()
+    path = root / device / f"{bench}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "bench": bench,
+        "command": command or shlex.join(["python", "-m", *_module_and_arguments()]),
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def _module_and_arguments() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    return [name, *sys.argv[1:]]

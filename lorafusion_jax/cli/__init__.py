@@ -1,0 +1,76 @@
+"""The `lorafusion` command. Commands import what they need when they run: `--help` is quick."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from lorafusion_jax.cli import project, status
+from lorafusion_jax.errors import LoraFusionError, ResourceError
+
+app = typer.Typer(
+    name="lorafusion",
+    help="Fine-tune many LoRA adapters of one frozen base model at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _register in (project.register, status.register):
+    _register(app)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: words after the program's name; those of this process by default.
+
+    Returns:
+        Exit code: 0 done, 2 usage, configuration or data, 3 checkpoint unusable or folder in use,
+        4 stopped by a non-finite gradient, 5 out of memory or disk, 6 watchdog, 130 interrupted.
+    """
+    try:
+        given = None if arguments is None else list(arguments)
+        code = app(args=given, prog_name="lorafusion", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except LoraFusionError as error:
+        return _explain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _explain("interrupted", 130)
+    except BrokenPipeError:  # the reader left, as `head` does; nothing more can be printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _code_of(error)
+
+
+def _code_of(error: Exception) -> int:
+    """Explains an error of another library, or raises it again: then it is our bug."""
+    if hasattr(error, "show"):  # a usage error of the command line parser, which prints itself
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]
+        return getattr(error, "exit_code", 2)
+    if isinstance(error, OSError):
+        code = ResourceError.exit_code if error.errno in _DISK_FULL else LoraFusionError.exit_code
+        return _explain(f"{error.filename or 'file'}: {error.strerror or error}", code)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return _explain(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'on the host'}\n"
+            "lower batching.tokens_per_microbatch, or set train.remat: full",
+            ResourceError.exit_code,
+        )
+    from lorafusion_sched import PlanError
+
+    if isinstance(error, PlanError):
+        return _explain(str(error), LoraFusionError.exit_code)
+    raise error
+
+
+def _explain(message: str, code: int) -> int:
+    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    return code

@@ -1,0 +1,144 @@
+"""Draws a training run from its events."""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from lorafusion_jax.cli.view import JobLine, Screen, duration
+from lorafusion_jax.train import events
+
+_GIB = 2**30
+
+
+def gib(size: float) -> str:
+    """Formats bytes as MiB or GiB."""
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"
+
+
+class TrainProgress:
+    """A listener of a trainer that shows what happens; a context manager.
+
+    Args:
+        plain: lines instead of a live table.
+        clock: seconds, for tests.
+
+    Attributes:
+        base: evaluation of the base model, by job.
+        best: best evaluation of each adapter, by job.
+        ended: how each finished job ended.
+    """
+
+    def __init__(self, *, plain: bool = False, clock: Callable[[], float] = time.monotonic):
+        self.base: dict[str, events.Evaluated] = {}
+        self.best: dict[str, events.Evaluated] = {}
+        self.ended: dict[str, events.JobEnded] = {}
+        self._lines: dict[str, JobLine] = {}
+        self._screen = Screen([], plain=plain, clock=clock)
+        self._clock = clock
+        self._first_step: dict[str, tuple[float, int]] = {}
+        self._first_microbatch: tuple[float, int] | None = None
+
+    def __enter__(self):
+        self._screen.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._screen.__exit__(kind, error, trace)
+
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.RunPlanned():
+                self._planned(event)
+            case events.Compiling():
+                self._compiling(event)
+            case events.MicrobatchDone():
+                self._microbatch(event)
+            case events.StepDone():
+                self._step(event)
+            case events.Evaluated():
+                self._evaluated(event)
+            case events.JobEnded():
+                self.ended[event.job] = event
+                line = self._line(event.job)
+                line.note = event.status
+                self._screen.refresh()
+            case events.Notice():
+                self._screen.message(event.message)
+            case events.RunEnded():
+                self._screen.eta_s = None
+                speed = event.tokens / event.seconds if event.seconds else 0.0
+                memory = "" if event.peak_bytes is None else f", peak {gib(event.peak_bytes)}"
+                self._screen.message(
+                    f"trained  {event.tokens:,} tokens in {duration(event.seconds)} "
+                    f"({speed:,.0f} tok/s, compilation and evaluation included){memory}"
+                )
+
+    def _line(self, job: str) -> JobLine:
+        if job not in self._lines:
+            self._lines[job] = JobLine(name=job)
+            self._screen.lines = list(self._lines.values())
+        return self._lines[job]
+
+    def _planned(self, event: events.RunPlanned) -> None:
+        for line in planned_text(event):
+            self._screen.message(line)
+        for job in event.jobs:
+            self._line(job.name).total = job.steps
+
+    def _compiling(self, event: events.Compiling) -> None:
+        what = f"{event.program} step for {event.capacity} tokens"
+        if event.seconds is None:
+            self._screen.message(f"compiling {what} ...")
+            return
+        memory = "" if event.temp_bytes is None else f", {gib(event.temp_bytes)} of working memory"
+        self._screen.message(f"compiled  {what} in {event.seconds:.0f} s{memory}")
+
+    def _microbatch(self, event: events.MicrobatchDone) -> None:
+        now = self._clock()
+        if self._first_microbatch is None:
+            self._first_microbatch = now, event.index
+        start, first = self._first_microbatch
+        if event.index > first:
+            left = event.total - event.index - 1
+            self._screen.eta_s = (now - start) * left / (event.index - first)
+        self._screen.refresh()
+
+    def _step(self, event: events.StepDone) -> None:
+        now = self._clock()
+        line = self._line(event.job)
+        line.step, line.total, line.loss = event.step, event.total, event.loss
+        start, tokens = self._first_step.setdefault(event.job, (now, event.tokens))
+        if now > start:
+            line.tokens_per_s = (event.tokens - tokens) / (now - start)
+        if not event.applied:
+            self._screen.message(f"{event.job}: step {event.step} was non-finite and is skipped")
+        self._screen.refresh()
+
+    def _evaluated(self, event: events.Evaluated) -> None:
+        if event.step == 0:
+            self.base[event.job] = event
+        elif event.best:
+            self.best[event.job] = event
+        self._line(event.job).eval_loss = event.loss
+        self._screen.refresh()
+
+
+def planned_text(event: events.RunPlanned) -> list[str]:
+    """Says in a few lines what will run: jobs, packing, memory."""
+    parameters = sum(job.parameters for job in event.jobs)
+    tokens = sum(job.tokens for job in event.jobs)
+    left = event.microbatches - event.start
+    sizes = " and ".join(f"{size:,}" for size in event.capacities)
+    return [
+        f"jobs     {len(event.jobs)}, {parameters / 1e6:.1f} M adapter parameters, "
+        f"{tokens:,} tokens",
+        f"packing  {left} microbatches of {sizes} tokens, {event.padding:.1%} padding "
+        f"(packed one job at a time: {event.padding_alone:.1%})",
+        f"memory   base {gib(event.base_bytes)}, adapters with optimizer state "
+        f"{gib(event.adapter_bytes)}",
+    ]

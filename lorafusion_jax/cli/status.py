@@ -1,0 +1,96 @@
+"""Commands that read a run folder and change nothing in it but figures: status, plot."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorafusion_jax.cli.view import JobLine, duration, number, print_table
+
+if TYPE_CHECKING:
+    from lorafusion_jax.train.run_folder import RunFolder
+
+RunArgument = Annotated[Path, typer.Argument(help="Output folder of a training run.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(status)
+    app.command()(plot)
+
+
+def status(run: RunArgument) -> None:
+    """Show how far a running or finished run is, from its files."""
+    from lorafusion_jax.train.run_folder import open_run
+
+    folder = open_run(run)
+    events = folder.events()
+    print(f"run      {folder.path}: {run_state(events, time.time())}")
+    headings = ("job", "step", "loss", "eval, base", "best", "last", "tok/s", "progress")
+    print_table(headings, [_row(folder, name, events) for name in folder.jobs])
+
+
+def run_state(events: list[dict[str, Any]], now: float) -> str:
+    """Says in words what a run does, judged by its events and the time (seconds since 1970)."""
+    if not events:
+        return "nothing has happened yet"
+    last = events[-1]
+    if last["event"] == "RunEnded":
+        return f"ended after {duration(last['seconds'])}"
+    return f"last event {duration(max(0.0, now - last['time']))} ago ({last['event']})"
+
+
+def job_line(metrics: list[dict[str, Any]], events: list[dict[str, Any]], name: str) -> JobLine:
+    """Returns the state of a job from its metrics and the run's events."""
+    line = JobLine(name=name)
+    for event in events:
+        if event["event"] == "RunPlanned":
+            line.total = next((j["steps"] for j in event["jobs"] if j["name"] == name), 0)
+        elif event["event"] == "JobEnded" and event["job"] == name:
+            line.note = event["status"]
+    steps = [m for m in metrics if m.get("loss") is not None]
+    evals = [m for m in metrics if m.get("eval_loss") is not None]
+    if steps:
+        line.step, line.loss = steps[-1]["step"], steps[-1]["loss"]
+        seconds = steps[-1]["time"] - steps[0]["time"]
+        if seconds > 0:
+            line.tokens_per_s = (steps[-1]["tokens"] - steps[0]["tokens"]) / seconds
+    if evals:
+        line.eval_loss = evals[-1]["eval_loss"]
+    return line
+
+
+def _row(folder: "RunFolder", name: str, events: list[dict[str, Any]]) -> tuple[str, ...]:
+    metrics = folder.metrics(name)
+    line = job_line(metrics, events, name)
+    _, steps, loss, last, speed, progress = line.cells()
+    evals = {m["step"]: m["eval_loss"] for m in metrics if m.get("eval_loss") is not None}
+    best = min((loss for step, loss in evals.items() if step), default=None)
+    return name, steps, loss, number(evals.get(0)), number(best), last, speed, progress
+
+
+def plot(run: RunArgument) -> None:
+    """Draw loss.png of each job and of all, and utilisation.png, into the run folder."""
+    from lorafusion_jax.train.run_folder import open_run
+
+    for path in draw(open_run(run)):
+        print(f"wrote  {path}")
+
+
+def draw(folder: "RunFolder") -> list[Path]:
+    """Draws all figures of a run; returns their paths."""
+    from lorafusion_jax import plots
+    from lorafusion_sched import from_json
+
+    metrics = {name: folder.metrics(name) for name in folder.jobs}
+    paths = []
+    for name, records in metrics.items():
+        paths.append(folder.job(name) / "loss.png")
+        plots.plot_job(records, name, paths[-1])
+    paths.append(folder.path / "loss.png")
+    plots.plot_jobs(metrics, paths[-1])
+    paths.append(folder.path / "utilisation.png")
+    plan = from_json((folder.path / "plan.json").read_text(encoding="utf-8"))
+    plots.plot_utilisation(plan, metrics, paths[-1])
+    return paths

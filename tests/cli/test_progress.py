@@ -1,0 +1,117 @@
+"""What a run shows, from scripted events and a scripted clock."""
+
+import pytest
+
+from lorafusion_jax.cli.progress import TrainProgress, gib
+from lorafusion_jax.cli.view import duration
+from lorafusion_jax.train import events
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def planned(**changes):
+    job = {"samples": 10, "eval_samples": 2, "tokens": 500, "supervised": 0.5, "parameters": 10**6}
+    jobs = tuple(events.JobSummary(name=n, steps=4, r=8, **job) for n in ("sql", "emoji"))
+    values = {
+        "jobs": jobs,
+        "microbatches": 20,
+        "start": 0,
+        "capacities": (256, 512),
+        "tile": 16,
+        "padding": 0.034,
+        "padding_alone": 0.39,
+        "slots": 2,
+        "r_max": 8,
+        "base_bytes": 3 * 2**30,
+        "adapter_bytes": 5 * 2**20,
+    }
+    return events.RunPlanned(**(values | changes))
+
+
+def step(job="sql", n=1, tokens=100, **changes):
+    values = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "applied": True, "microbatch": n}
+    return events.StepDone(job=job, step=n, total=4, tokens=tokens, **(values | changes))
+
+
+def evaluated(job, n, loss, best=True):
+    return events.Evaluated(job, n, loss, 0.1, 0.0, 2, best, n)
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def progress(clock):
+    with TrainProgress(plain=True, clock=clock) as shown:
+        yield shown
+
+
+def test_plan_is_shown_before_the_first_step(progress, capsys):
+    progress(planned())
+    out = capsys.readouterr().out
+    assert "2.0 M adapter parameters, 1,000 tokens" in out
+    assert "20 microbatches of 256 and 512 tokens, 3.4% padding" in out
+    assert "one job at a time: 39.0%" in out
+    assert "base 3.0 GiB" in out and "5 MiB" in out
+
+
+def test_compilation_is_announced_and_timed(progress, capsys):
+    progress(events.Compiling("train", 512))
+    assert capsys.readouterr().out == "compiling train step for 512 tokens ...\n"
+    progress(events.Compiling("train", 512, 21.4, 2**31))
+    assert "in 21 s, 2.0 GiB of working memory" in capsys.readouterr().out
+
+
+def test_plain_lines_are_rate_limited_and_end_with_the_last_step(progress, clock, capsys):
+    progress(planned())
+    capsys.readouterr()
+    for n in (1, 2, 3, 4):
+        clock.now += 1.0
+        progress(step(n=n, tokens=100 * n))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("step ")[1].split()[0] for line in lines] == ["1/4", "4/4"]
+    assert "100 tok/s" in lines[-1]
+
+
+def test_eta_comes_from_microbatches(progress, clock):
+    progress(planned())
+    for index in range(5):
+        clock.now = 2.0 * index
+        progress(events.MicrobatchDone(index, 20, 100, 128))
+    assert progress._screen.eta_s == pytest.approx(2.0 * 15)
+
+
+def test_base_and_best_are_kept(progress):
+    progress(planned())
+    for n, loss, best in ((0, 4.0, True), (2, 2.0, True), (4, 3.0, False)):
+        progress(evaluated("sql", n, loss, best))
+    assert progress.base["sql"].loss == 4.0
+    assert progress.best["sql"].loss == 2.0
+
+
+def test_rejected_step_is_reported(progress, capsys):
+    progress(step(applied=False))
+    assert "non-finite" in capsys.readouterr().out
+
+
+def test_live_table_is_drawn_on_a_terminal(clock, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with TrainProgress(clock=clock) as shown:
+        shown(planned())
+        shown(step(n=2))
+        shown(events.Notice("resumed at step 2"))
+    out = capsys.readouterr().out
+    assert "2/4" in out and "50%" in out and "resumed at step 2" in out
+
+
+def test_units():
+    assert gib(2**30) == "1.0 GiB" and gib(2**20) == "1 MiB"
+    assert duration(62) == "1:02" and duration(3723) == "1:02:03"
