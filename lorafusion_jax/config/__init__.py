@@ -1,7 +1,7 @@
 """One configuration file describes a run: the base model and every job that trains on it."""
 
 from lorafusion_jax.config.diff import Change, config_diff
-from lorafusion_jax.config.load import config_from_dict, load_config, resolved_yaml
+from lorafusion_jax.config.load import config_from_dict, load_config, resolved_yaml, template_yaml
 from lorafusion_jax.config.schema import (
     BaseModelConfig,
     BatchingConfig,
@@ -37,4 +37,5 @@ __all__ = [
     "config_from_dict",
     "load_config",
     "resolved_yaml",
+    "template_yaml",
 ]

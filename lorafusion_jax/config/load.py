@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def resolved_yaml(config: RunConfig) -> str:
     Loading it gives an equal configuration.
     """
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def template_yaml() -> str:
+    """Returns a commented configuration file to start from."""
+    return resources.files("lorafusion_jax.config").joinpath("template.yaml").read_text("utf-8")
 
 
 def _copy(value: Any) -> Any:

@@ -56,9 +56,7 @@ _QUERIES = (
     "SELECT STRING_AGG({a}, ',') FROM {t}",
     "SELECT CURRENT_TIMESTAMP, {a} FROM {t}",
     "SELECT {a} || {b} FROM {t}",
-    "SELECT {a} FROM {t} OFFSET {n}",
     'SELECT "{a}" FROM "{t}"',
-    "SELECT {a} FROM {t} WHERE {b} ILIKE 'a%'",
     "SELECT EXTRACT(YEAR FROM {a}) FROM {t}",
     "CREATE TABLE {t} ({a} TEXT, {b} INT)",
 )
