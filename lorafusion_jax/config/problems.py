@@ -141,11 +141,9 @@ def _unknown_key(loc: tuple[int | str, ...]) -> str:
         return HINTS[section, word]
     model = _model_at(tuple(sections))
     known = [*model.model_fields, *(["defaults"] if model is RunConfig else [])]
-    hint = nearest(word, known)
-    if not hint:
-        elsewhere = [*_all_keys(model), *_all_keys(RunConfig)]
-        homes = [key for key in elsewhere if key == word or key.endswith(f".{word}")]
-        hint = f', did you mean "{homes[0]}"?' if homes else ","
+    elsewhere = [*_all_keys(model), *_all_keys(RunConfig)]
+    homes = [key for key in elsewhere if key == word or key.endswith(f".{word}")]
+    hint = f', did you mean "{homes[0]}"?' if homes else nearest(word, known) or ","
     return f"unknown key{hint} known here: {', '.join(sorted(known))}"
 
 

@@ -159,7 +159,7 @@ class LoraConfig(Section):
             raise ValueError(f"got {rate}, expected 0 or at least 1/512: masks have 8-bit rates")
         return rate
 
-    @field_validator("target_modules", "exclude_modules", mode="plain")
+    @field_validator("target_modules", "exclude_modules", mode="before")
     @classmethod
     def _modules(cls, value: Any, info: ValidationInfo) -> str | tuple[str, ...] | None:
         if value is None and info.field_name == "exclude_modules":
@@ -258,7 +258,7 @@ class EvalConfig(Section):
     every: int = Field(default=50, ge=1)
     max_samples: int | None = Field(default=None, ge=1)
 
-    @field_validator("split", mode="plain")
+    @field_validator("split", mode="before")
     @classmethod
     def _share_or_count(cls, split: Any) -> int | float:
         number = isinstance(split, int | float) and not isinstance(split, bool)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -29,30 +28,6 @@ class Dataset:
     lines: Int32[np.ndarray, " samples"]
     truncated: int = 0
     dropped: int = 0
-
-    @classmethod
-    def from_samples(
-        cls,
-        samples: Iterable[tuple[int, list[int], list[bool]]],
-        *,
-        truncated: int = 0,
-        dropped: int = 0,
-    ) -> Self:
-        """Joins (line, tokens, supervised) samples."""
-        lines, tokens, masks, ends = [], [np.zeros(0, np.int32)], [np.zeros(0, bool)], [0]
-        for line, ids, supervised in samples:
-            lines.append(line)
-            tokens.append(np.asarray(ids, np.int32))
-            masks.append(np.asarray(supervised, bool))
-            ends.append(ends[-1] + len(ids))
-        return cls(
-            np.concatenate(tokens),
-            np.concatenate(masks),
-            np.asarray(ends, np.int64),
-            np.asarray(lines, np.int32),
-            truncated,
-            dropped,
-        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -82,3 +57,23 @@ class Dataset:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.hexdigest()
+
+
+def join_samples(
+    samples: Iterable[tuple[int, list[int], list[bool]]], *, truncated: int = 0, dropped: int = 0
+) -> Dataset:
+    """Makes a data set of (line, tokens, supervised) samples."""
+    lines, tokens, masks, ends = [], [np.zeros(0, np.int32)], [np.zeros(0, bool)], [0]
+    for line, ids, supervised in samples:
+        lines.append(line)
+        tokens.append(np.asarray(ids, np.int32))
+        masks.append(np.asarray(supervised, bool))
+        ends.append(ends[-1] + len(ids))
+    return Dataset(
+        tokens=np.concatenate(tokens),
+        supervised=np.concatenate(masks),
+        offsets=np.asarray(ends, np.int64),
+        lines=np.asarray(lines, np.int32),
+        truncated=truncated,
+        dropped=dropped,
+    )

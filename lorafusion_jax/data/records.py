@@ -114,7 +114,7 @@ def _parse(raw: bytes, path: str, line: int) -> Any:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         problem = f"not a JSON object: {error.msg[:1].lower()}{error.msg[1:]}"
-        if error.pos >= len(text.rstrip()):
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
             problem = "the line is cut off: expected a whole JSON object on one line"
         raise DataError(problem, path=path, line=line, column=error.colno) from None
     except RecursionError:

@@ -9,7 +9,7 @@ from itertools import batched
 from typing import Any, Literal
 
 from lorafusion_jax.data.chat import tokenize_chat
-from lorafusion_jax.data.dataset import Dataset
+from lorafusion_jax.data.dataset import Dataset, join_samples
 from lorafusion_jax.data.records import Record
 from lorafusion_jax.errors import DataError
 
@@ -69,7 +69,7 @@ def tokenize_dataset(
             f"max_length={max_length}",
             path=name,
         )
-    return Dataset.from_samples(samples, truncated=truncated, dropped=dropped)
+    return join_samples(samples, truncated=truncated, dropped=dropped)
 
 
 def prompt_text(record: Record, tokenizer: Any) -> str:
