@@ -3,6 +3,8 @@
 Standard library only: planning needs no jax, no numpy and no GPU.
 """
 
+from lorafusion_sched.problem import Clock as Clock
+from lorafusion_sched.problem import Cost as Cost
 from lorafusion_sched.problem import Job as Job
 from lorafusion_sched.problem import Microbatch as Microbatch
 from lorafusion_sched.problem import Plan as Plan
@@ -10,21 +12,16 @@ from lorafusion_sched.problem import PlanError as PlanError
 from lorafusion_sched.problem import Problem as Problem
 from lorafusion_sched.problem import Sample as Sample
 from lorafusion_sched.problem import Stretch as Stretch
+from lorafusion_sched.problem import distance_of as distance_of
 from lorafusion_sched.problem import job_from_lengths as job_from_lengths
 from lorafusion_sched.problem import padded as padded
+from lorafusion_sched.refill import pack as pack
+from lorafusion_sched.search import choose_capacity as choose_capacity
+from lorafusion_sched.search import plan as plan
 from lorafusion_sched.serialize import from_json as from_json
 from lorafusion_sched.serialize import to_json as to_json
-from lorafusion_sched.stream import stream as stream
+from lorafusion_sched.simulate import Timeline as Timeline
+from lorafusion_sched.simulate import simulate as simulate
+from lorafusion_sched.stream import Settings as Settings
+from lorafusion_sched.stream import Stream as Stream
 from lorafusion_sched.verify import verify as verify
-
-
-def plan(problem: Problem) -> Plan:
-    """Plans a problem: every sample once, in few full microbatches, in a legal order.
-
-    Args:
-        problem: jobs, capacities and the pipeline's rules.
-
-    Returns:
-        The plan; deterministic.
-    """
-    return stream(problem, focus=1.0)

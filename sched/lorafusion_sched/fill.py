@@ -5,6 +5,7 @@ prefix kept per sample to read the subset back). A job given u tiles uses its la
 of at most u * tile; a small max-plus recursion over jobs splits the tiles of the microbatch.
 """
 
+from bisect import insort
 from collections.abc import Sequence
 from itertools import compress
 
@@ -16,7 +17,7 @@ class Pool:
     """The samples of one open global batch that are not placed yet, longest first.
 
     Args:
-        lengths: tokens of each sample, in any order.
+        lengths: tokens (or any size that is at least the tokens) of each sample, in any order.
     """
 
     def __init__(self, lengths: Sequence[int]):
@@ -33,12 +34,26 @@ class Pool:
 
     def take(self, positions: Sequence[int]) -> list[int]:
         """Removes items by position; returns the indices they had in `lengths`."""
-        chosen = set(positions)
-        taken = [self.items[p] for p in chosen]
-        self.items = [item for p, item in enumerate(self.items) if p not in chosen]
-        self.tokens -= sum(length for length, _ in taken)
+        taken = []
+        for position in sorted(positions, reverse=True):
+            length, negated = self.items[position]
+            del self.items[position]
+            self.tokens -= length
+            taken.append(-negated)
         self._tables.clear()
-        return sorted(-negated for _, negated in taken)
+        return sorted(taken)
+
+    def hold(self, position: int) -> tuple[int, int]:
+        """Removes one item for a while."""
+        self._tables.clear()
+        self.tokens -= self.items[position][0]
+        return self.items.pop(position)
+
+    def release(self, item: tuple[int, int]) -> None:
+        """Puts a held item back."""
+        self._tables.clear()
+        self.tokens += item[0]
+        insort(self.items, item, key=lambda x: (-x[0], -x[1]))
 
 
 class _Table:
@@ -46,9 +61,8 @@ class _Table:
 
     def __init__(self, items: list[tuple[int, int]], unit: int, capacity: int, forced: bool):
         count = len(items)
-        self.positions = list(range(count))
-        if count > _LONGEST + _SHORTEST:
-            self.positions = self.positions[:_LONGEST] + self.positions[-_SHORTEST:]
+        self.positions = [*range(min(count, _LONGEST))]
+        self.positions += range(max(len(self.positions), count - _SHORTEST), count)
         self.lengths = [items[p][0] for p in self.positions]
         self.forced = forced
         mask = (1 << (capacity + 1)) - 1
@@ -96,6 +110,8 @@ def fill(
     Returns:
         For each pool the indices of the samples taken, ascending.
     """
+    if not pools:
+        return []
     unit = tile * -(-capacity // (tile * _MAX_UNITS))
     units = capacity // unit
     tables = [pool.table(unit, units * unit, force and i == 0) for i, pool in enumerate(pools)]

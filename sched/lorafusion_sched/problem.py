@@ -14,8 +14,10 @@ microbatch without stretches is a *no-op*.
 A *plan* is the ordered list of microbatches. It says where each job's global batch ends.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+type Clock = Literal["1f1b", "bfh", "fbh"]
 
 
 class PlanError(ValueError):
@@ -45,6 +47,34 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Time of one microbatch on one pipeline stage, in any unit.
+
+    forward = fixed + per_token * rows + per_square * sum(length^2), and the backward takes
+    `backward` times as long. A no-op takes no time.
+
+    Attributes:
+        fixed: time per microbatch whatever it holds.
+        per_token: time per row.
+        per_square: time per squared sample length (attention).
+        backward: backward time over forward time; about 1 for LoRA, 2 with recomputation.
+        whole_bucket: rows are the microbatch's capacity (static shapes) instead of the rows of its
+            padded stretches.
+    """
+
+    fixed: float = 0.0
+    per_token: float = 1.0
+    per_square: float = 0.0
+    backward: float = 2.0
+    whole_bucket: bool = True
+
+    def __post_init__(self):
+        values = (self.fixed, self.per_token, self.per_square, self.backward)
+        if not all(0.0 <= value < float("inf") for value in values) or not any(values[:3]):
+            raise PlanError(f"cost terms must be finite and not negative, not all 0, got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What has to be planned.
 
@@ -57,6 +87,9 @@ class Problem:
             job's next one; 1 means no constraint beyond order.
         width: microbatches per slot (data parallelism).
         max_jobs: jobs per microbatch at most; None is no limit.
+        clock: how pipeline stages take turns: "1f1b" (asynchronous, distance = stages), or the
+            lockstep engine's "bfh" (distance = 2 stages - 1) and "fbh" (distance = 2 stages).
+        cost: time of a microbatch; plans are compared by the time that it predicts.
     """
 
     jobs: tuple[Job, ...]
@@ -65,6 +98,8 @@ class Problem:
     distance: int = 1
     width: int = 1
     max_jobs: int | None = None
+    clock: Clock = "1f1b"
+    cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self):
         if not self.capacities or list(self.capacities) != sorted(set(self.capacities)):
@@ -77,6 +112,13 @@ class Problem:
             raise PlanError(f"distance={self.distance} and width={self.width} must be at least 1")
         if self.max_jobs is not None and self.max_jobs < 1:
             raise PlanError(f"max_jobs={self.max_jobs} must be at least 1, or None for no limit")
+        if self.clock not in get_args(Clock.__value__):
+            raise PlanError(f"clock={self.clock!r} must be one of {get_args(Clock.__value__)}")
+        if self.distance != distance_of(self.clock, self.stages):
+            raise PlanError(
+                f"distance={self.distance} fits no number of stages of clock {self.clock!r}; take "
+                "distance_of(clock, stages)"
+            )
         names = [job.name for job in self.jobs]
         if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -92,6 +134,23 @@ class Problem:
                             f"{sample.length} tokens, expected 1 to {self.capacities[-1]}: "
                             "raise the capacity or truncate the sample"
                         )
+
+    @property
+    def stages(self) -> int:
+        """Returns the pipeline stages that the distance stands for."""
+        if self.clock == "1f1b":
+            return self.distance
+        return max(1, (self.distance + 1) // 2)
+
+
+def distance_of(clock: Clock, stages: int) -> int:
+    """Returns the slots between two global batches of a job that a pipeline needs.
+
+    Args:
+        clock: how stages take turns, see `Problem`.
+        stages: pipeline stages.
+    """
+    return {"1f1b": stages, "bfh": 2 * stages - 1, "fbh": 2 * stages}[clock]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,137 +3,219 @@
 A job's next global batch becomes ready `distance` slots after the last microbatch of the one
 before. Because a microbatch takes from all ready batches at once, jobs stagger by themselves, the
 half-empty tail of one batch is filled by the head of another, and an empty slot (a no-op) appears
-only where nothing is ready.
+only where nothing is ready. The stream decides slot by slot and never looks further, so jobs may
+join, be cancelled or stop while it runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from lorafusion_sched.fill import Pool, fill
-from lorafusion_sched.problem import Job, Microbatch, Plan, Problem, Stretch, padded
+from lorafusion_sched.problem import Job, Microbatch, Plan, PlanError, Problem, Stretch, padded
 
 type Policy = Literal["even", "critical"]
+type Share = tuple["_Line", list[int]]  # a job and the sample numbers of its open batch
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a stream packs.
+
+    Attributes:
+        policy: "even" keeps all jobs at the same batch number, so short jobs end early;
+            "critical" puts the job with the longest remaining chain of batches first.
+        focus: how much finishing the most urgent batch counts against fuller microbatches; above
+            0, its tokens weigh up to 1 + focus times those of the least urgent one.
+        target: size to which microbatches are filled, in rows, or with `by_time` the linear rows
+            that take the same time; lower targets make more, more equal microbatches. A longer
+            sample still gets the room it needs. None is the largest capacity.
+        by_time: fill to equal time under the problem's cost, attention included.
+    """
+
+    policy: Policy = "even"
+    focus: float = 1.0
+    target: int | None = None
+    by_time: bool = False
 
 
 class _Line:
     """One job on its way through the stream: its open batch and when that may start."""
 
-    def __init__(self, order: int, job: Job):
-        self.order, self.job = order, job
-        self.batch, self.ready, self.opened = 0, 0, False
-        self.last: list[int] = []  # microbatches of the open batch's latest slot
-        self.chain = [0.0] * (len(job.batches) + 1)  # see `_chains`
-        self.pool = Pool([])
-        self._open()
-
-    def _open(self) -> None:
-        if self.batch < len(self.job.batches):
-            self.pool = Pool([sample.length for sample in self.job.batches[self.batch]])
+    def __init__(self, job: Job, order: int, ready: int, turn: int):
+        self.job, self.order, self.ready, self.turn = job, order, ready, turn
+        self.batch = 0
         self.opened = False
+        self.chain: list[float] = []  # see `_chain`
+        self.pool = Pool([])
 
-    def close(self, ready: int) -> None:
-        self.batch, self.ready = self.batch + 1, ready
-        self._open()
+    def open(self, size: Callable[[int], int]) -> None:
+        self.opened = False
+        if not self.done:
+            self.pool = Pool([size(sample.length) for sample in self.job.batches[self.batch]])
 
     @property
     def done(self) -> bool:
         return self.batch == len(self.job.batches)
 
 
-def stream(
-    problem: Problem, *, target: int | None = None, focus: float = 0.1, policy: Policy = "even"
-) -> Plan:
+class Stream:
+    """Plans slot after slot; jobs may join or leave between two slots.
+
+    Args:
+        problem: the rules, and the jobs that are there from the start.
+        settings: how to pack.
+    """
+
+    def __init__(self, problem: Problem, settings: Settings):
+        self.problem, self.settings = problem, settings
+        self.slot = 0
+        self._joined = 0
+        self._rows, self._size = _sizes(problem, settings)
+        self._lines: list[_Line] = []
+        for job in problem.jobs:
+            self.add(job)
+
+    def add(self, job: Job, *, ready: int | None = None) -> None:
+        """Lets a job join; it takes turns with the others from now on.
+
+        Args:
+            job: a job with a name that is not in the stream.
+            ready: first slot in which it may train; None is the next one.
+
+        Raises:
+            PlanError: the name is taken, or a sample does not fit.
+        """
+        if any(line.job.name == job.name for line in self._lines):
+            raise PlanError(f"job {job.name} is in the stream already")
+        if self._joined >= len(self.problem.jobs):
+            Problem(jobs=(job,), capacities=self.problem.capacities, tile=self.problem.tile)
+        turn = min((line.turn + line.batch for line in self._lines), default=0)
+        line = _Line(job, self._joined, self.slot if ready is None else ready, turn)
+        self._joined += 1
+        if not line.done:
+            line.chain = _chain(job, self.problem.distance, self._rows)
+            line.open(self._size)
+            self._lines.append(line)
+
+    def remove(self, name: str, *, finish_batch: bool = False) -> None:
+        """Takes a job out; what is already planned of it stays planned.
+
+        Args:
+            name: the job; nothing happens if it has ended.
+            finish_batch: whether the rest of its open global batch is still to be planned.
+        """
+        for line in self._lines:
+            if line.job.name == name:
+                keep = line.batch + 1 if finish_batch and line.opened else 0
+                line.job = Job(name=name, batches=line.job.batches[:keep])
+                if not keep:
+                    line.batch = 0
+        self._lines = [line for line in self._lines if not line.done]
+
+    def next_slot(self) -> list[Microbatch] | None:
+        """Plans one slot of `width` microbatches; None when all jobs have ended."""
+        if not self._lines:
+            return None
+        ready = sorted((x for x in self._lines if x.ready <= self.slot), key=self._urgency)
+        ranks = [self._fill_one(ready) for _ in range(self.problem.width)]
+        microbatches = [self._microbatch(shares) for shares in ranks]
+        for line in ready:
+            if line.pool.items:
+                continue
+            line.batch += 1
+            line.ready = self.slot + self.problem.distance
+            line.open(self._size)
+        if any(line.done for line in ready):
+            self._lines = [line for line in self._lines if not line.done]
+        self.slot += 1
+        return microbatches
+
+    def _urgency(self, line: _Line) -> tuple[bool, float, int]:
+        if self.settings.policy == "even":
+            return False, line.turn + line.batch, line.order
+        return not line.opened, -line.chain[line.batch], line.order
+
+    def _fill_one(self, ready: Sequence[_Line]) -> list[Share]:
+        """Takes the samples of one microbatch from the most urgent batches that could fill it."""
+        lines: list[_Line] = []
+        volume = 0
+        for line in ready:
+            if len(lines) == self.problem.max_jobs or (
+                len(lines) >= 4 and volume >= 2 * self._rows
+            ):
+                break
+            if line.pool.items:
+                lines.append(line)
+                volume += line.pool.tokens
+        if not lines:
+            return []
+        longest = padded(lines[0].pool.items[0][0], self.problem.tile)
+        if longest > self.problem.capacities[-1]:
+            # Only a size by time can be so large: this sample takes longer than a full microbatch.
+            lines, taken = lines[:1], [lines[0].pool.take([0])]
+        else:
+            rows = max(self._rows, longest)
+            pools = [line.pool for line in lines]
+            taken = fill(pools, rows, self.problem.tile, focus=self.settings.focus)
+        shares = [(line, numbers) for line, numbers in zip(lines, taken, strict=True) if numbers]
+        for line, _ in shares:
+            line.opened = True
+        return shares
+
+    def _microbatch(self, shares: list[Share]) -> Microbatch:
+        """Adds end flags and the smallest capacity that holds the microbatch."""
+        stretches = tuple(
+            Stretch(
+                job=line.job.name,
+                batch=line.batch,
+                samples=tuple(line.job.batches[line.batch][i] for i in numbers),
+                ends=not line.pool.items,
+            )
+            for line, numbers in sorted(shares, key=lambda share: share[0].order)
+        )
+        need = sum(padded(stretch.tokens(), self.problem.tile) for stretch in stretches)
+        return Microbatch(stretches, next(c for c in self.problem.capacities if c >= need))
+
+
+def stream(problem: Problem, settings: Settings) -> Plan:
     """Plans the whole problem in one pass over slots.
 
     Args:
         problem: what to plan.
-        target: rows to which microbatches are filled, at most the largest capacity, a multiple of
-            the tile; lower targets make more, more equal microbatches. A longer sample still gets
-            the room it needs. None is the largest capacity.
-        focus: how much finishing the most urgent batch counts against fuller microbatches.
-        policy: "even" keeps all jobs at the same batch number, so short jobs end early;
-            "critical" puts the job with the longest remaining chain of batches first.
+        settings: how to pack.
 
     Returns:
         A plan that respects every rule.
     """
-    target = problem.capacities[-1] if target is None else target
-    lines = [_Line(i, job) for i, job in enumerate(problem.jobs) if job.batches]
-    for line in lines:
-        _set_chain(line, problem.distance, target)
-    rows: list[list[tuple[_Line, int, list[int]]]] = []
-    slot = 0
-    while lines:
-        ready = sorted((x for x in lines if x.ready <= slot), key=lambda x: _urgency(x, policy))
-        for _ in range(problem.width):
-            rows.append(_fill_one(ready, problem, target, focus))
-            for line, _, _ in rows[-1]:
-                line.opened = True
-        for line in ready:
-            if not line.pool.items:
-                line.close(slot + problem.distance)
-        if any(line.done for line in ready):
-            lines = [line for line in lines if not line.done]
-        slot += 1
-    return _to_plan(problem, rows)
-
-
-def _set_chain(line: _Line, distance: int, target: int) -> None:
-    """Sets for each batch the slots that it and its successors need at least, alone."""
-    for number in range(len(line.job.batches) - 1, -1, -1):
-        tokens = sum(sample.length for sample in line.job.batches[number])
-        own = max(1.0, tokens / target) + distance - 1
-        line.chain[number] = line.chain[number + 1] + own
-
-
-def _urgency(line: _Line, policy: Policy) -> tuple[bool, float, int]:
-    if policy == "even":
-        return False, line.batch, line.order
-    return not line.opened, -line.chain[line.batch], line.order
-
-
-def _fill_one(
-    ready: Sequence[_Line], problem: Problem, target: int, focus: float
-) -> list[tuple[_Line, int, list[int]]]:
-    """Takes the samples of one microbatch: (line, batch, sample indices) of each stretch."""
-    open_lines: list[_Line] = []
-    tokens = 0
-    for line in ready:
-        if len(open_lines) == problem.max_jobs or (len(open_lines) >= 4 and tokens >= 2 * target):
-            break
-        if line.pool.items:
-            open_lines.append(line)
-            tokens += line.pool.tokens
-    if not open_lines:
-        return []
-    rows = max(target, padded(open_lines[0].pool.items[0][0], problem.tile))
-    taken = fill([line.pool for line in open_lines], rows, problem.tile, focus=focus)
-    return [(line, line.batch, t) for line, t in zip(open_lines, taken, strict=True) if t]
-
-
-def _to_plan(problem: Problem, rows: list[list[tuple[_Line, int, list[int]]]]) -> Plan:
-    """Adds end flags and the smallest capacity that holds each microbatch."""
-    last: dict[tuple[int, int], int] = {}
-    for position, row in enumerate(rows):
-        for line, batch, _ in row:
-            last[line.order, batch] = position // problem.width
-    microbatches = []
-    for position, row in enumerate(rows):
-        stretches = tuple(
-            Stretch(
-                job=line.job.name,
-                batch=batch,
-                samples=tuple(line.job.batches[batch][i] for i in indices),
-                ends=last[line.order, batch] == position // problem.width,
-            )
-            for line, batch, indices in sorted(row, key=lambda entry: entry[0].order)
-        )
-        need = sum(padded(stretch.tokens(), problem.tile) for stretch in stretches)
-        capacity = next(c for c in problem.capacities if c >= need)
-        microbatches.append(Microbatch(stretches, capacity))
+    source = Stream(problem, settings)
+    microbatches: list[Microbatch] = []
+    while (slot := source.next_slot()) is not None:
+        microbatches += slot
     return Plan(
         microbatches=tuple(microbatches),
         tile=problem.tile,
         distance=problem.distance,
         width=problem.width,
     )
+
+
+def _sizes(problem: Problem, settings: Settings) -> tuple[int, Callable[[int], int]]:
+    """Returns the rows to fill and the size of a sample in them, at least its length."""
+    target = problem.capacities[-1] if settings.target is None else settings.target
+    rows = min(target // problem.tile * problem.tile, problem.capacities[-1])
+    if not settings.by_time or not problem.cost.per_token:
+        return rows, lambda length: length
+    # Both sum(size) <= rows implies sum(length) <= rows, and it implies sum(time) <= target.
+    curve = problem.cost.per_square / problem.cost.per_token
+    scale = rows / target
+    return rows, lambda length: max(length, round((length + curve * length * length) * scale))
+
+
+def _chain(job: Job, distance: int, rows: int) -> list[float]:
+    """Returns for each batch the slots that it and its successors need at least, alone."""
+    chain = [0.0]
+    for batch in reversed(job.batches):
+        own = max(1.0, sum(sample.length for sample in batch) / rows)
+        chain.append(chain[-1] + own + distance - 1)
+    return chain[::-1]

@@ -1,0 +1,117 @@
+"""Chooses how to pack: streams with different settings, compared by simulated time."""
+
+from dataclasses import replace
+from itertools import islice
+
+from lorafusion_sched.problem import Microbatch, Plan, PlanError, Problem, padded
+from lorafusion_sched.refill import pack_plan
+from lorafusion_sched.simulate import makespan, slot_times
+from lorafusion_sched.stream import Policy, Settings, Stream, stream
+
+_TRIAL_SLOTS = 64  # settings are compared on this many slots first
+_FRACTIONS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
+_MAX_SQUARES = 0.02  # below this share of the time, attention does not decide how to pack
+
+
+def plan_time(problem: Problem, plan: Plan) -> float:
+    """Returns the makespan that the problem's cost and clock predict for a plan."""
+    times = slot_times(plan, problem.cost)
+    return makespan(times, problem.cost.backward, problem.stages, problem.clock)
+
+
+def plan(problem: Problem) -> Plan:
+    """Plans a problem: every sample once, in few full microbatches, in a legal order.
+
+    On one device the jobs progress evenly, and a single global batch of each is packed by search.
+    On a pipeline the plan is the fastest, by the problem's cost and clock, of streams with
+    different targets, focus and policy; settings are compared on the first slots, the best few in
+    full.
+
+    Args:
+        problem: jobs, capacities and the pipeline's rules.
+
+    Returns:
+        The plan; the same for the same problem in every process.
+    """
+    if problem.distance == problem.width == 1 and all(len(j.batches) < 2 for j in problem.jobs):
+        return pack_plan(problem)
+    return stream(problem, choose_settings(problem))
+
+
+def choose_settings(problem: Problem) -> Settings:
+    """Returns the settings of the stream that `plan` takes."""
+    serial = problem.distance == 1 and problem.width == 1
+    targets = [Settings()] if serial else _targets(problem)
+    foci = (0.1, 1.0) if serial else (0.1, 0.5, 2.0)
+    trials = [replace(t, focus=focus) for t in targets for focus in foci]
+    ranked = sorted(trials, key=lambda settings: _pace(problem, settings))
+    if serial:
+        return ranked[0]
+    policies: tuple[Policy, ...] = ("even", "critical")
+    finals = [replace(settings, policy=p) for settings in ranked[:2] for p in policies]
+    return min(finals, key=lambda settings: plan_time(problem, stream(problem, settings)))
+
+
+def _targets(problem: Problem) -> list[Settings]:
+    """Returns the fill targets worth trying, fullest first."""
+    largest = problem.capacities[-1]
+    if problem.cost.whole_bucket:
+        settings = [Settings(target=c) for c in reversed(problem.capacities)]
+    else:
+        settings = [Settings(target=t) for t in _steps(largest, problem.tile)]
+    cost = problem.cost
+    lengths = [s.length for job in problem.jobs for b in job.batches for s in b]
+    squares = cost.per_square * sum(n * n for n in lengths)
+    linear = cost.per_token * sum(lengths)
+    if linear and squares > _MAX_SQUARES * linear:
+        full = round(largest * (1 + squares / linear))
+        settings += [Settings(target=t, by_time=True) for t in _steps(full, problem.tile)]
+    return settings
+
+
+def _steps(full: int, tile: int) -> list[int]:
+    return list(dict.fromkeys(padded(round(full * f), tile) for f in _FRACTIONS))
+
+
+def _pace(problem: Problem, settings: Settings) -> float:
+    """Returns the simulated time per useful time of the first slots."""
+    source = Stream(problem, settings)
+    slots = list(islice(iter(source.next_slot, None), _TRIAL_SLOTS))
+    microbatches = [microbatch for slot in slots for microbatch in slot]
+    part = Plan(
+        microbatches=tuple(microbatches),
+        tile=problem.tile,
+        distance=problem.distance,
+        width=problem.width,
+    )
+    useful = sum(_useful(problem, microbatch) for microbatch in microbatches)
+    return plan_time(problem, part) / useful if useful else 0.0
+
+
+def _useful(problem: Problem, microbatch: Microbatch) -> float:
+    cost = problem.cost
+    lengths = [x.length for stretch in microbatch.stretches for x in stretch.samples]
+    return cost.per_token * sum(lengths) + cost.per_square * sum(n * n for n in lengths)
+
+
+def choose_capacity(problem: Problem, *, least: int | None = None) -> Problem:
+    """Chooses the capacity jointly with the schedule that it allows.
+
+    Args:
+        problem: its capacities are the sizes to choose from; the largest one is what memory allows.
+        least: smallest size to consider; None is the longest sample's.
+
+    Returns:
+        The problem with the one capacity whose plan is fastest; of equals the smallest.
+
+    Raises:
+        PlanError: no capacity is at least `least`.
+    """
+    longest = max((s.length for job in problem.jobs for b in job.batches for s in b), default=1)
+    fits = [c for c in problem.capacities if c >= max(longest, least or 1)]
+    if not fits:
+        raise PlanError(
+            f"no capacity of {problem.capacities} is at least {max(longest, least or 1)}"
+        )
+    candidates = [replace(problem, capacities=(c,)) for c in fits]
+    return min(candidates, key=lambda p: plan_time(p, plan(p)))
