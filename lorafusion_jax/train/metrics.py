@@ -1,0 +1,187 @@
+"""Listeners that write: metrics.jsonl of each job, events.jsonl, train.log and summary.md."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorafusion_jax.train.events import (
+    CheckpointSaved,
+    Compiling,
+    Evaluated,
+    Event,
+    JobEnded,
+    MicrobatchDone,
+    Notice,
+    RunEnded,
+    RunPlanned,
+    StepDone,
+)
+from lorafusion_jax.train.run_folder import RunFolder, read_lines, write_text
+
+
+class JsonLines:
+    """A JSONL file that survives kills: a cut last line is removed when it is opened again.
+
+    Args:
+        path: the file.
+        keep: which of the lines that are there already to keep.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True):
+        if path.exists():
+            kept = [line for line in read_lines(path) if keep(line)]
+            write_text(path, "".join(_json_line(line) for line in kept))
+        self._file: TextIO = open(path, "a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Adds a line."""
+        self._file.write(_json_line(line))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+    return json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+class RunWriter:
+    """Writes a run's events into its folder. Lines of microbatches that will be redone are removed.
+
+    Args:
+        folder: the run's folder, prepared by `write_start`.
+        every: optimizer steps of each job between two lines of its metrics.
+        cursor: first microbatch that will run.
+    """
+
+    def __init__(self, folder: RunFolder, every: int, cursor: int):
+        self._every = every
+        self._metrics = {
+            name: JsonLines(
+                folder.job(name) / "metrics.jsonl", lambda line: line["microbatch"] < cursor
+            )
+            for name in folder.jobs
+        }
+        self._events = JsonLines(folder.path / "events.jsonl")
+        self._log = open(folder.path / "train.log", "a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        """Writes one event."""
+        now = round(time.time(), 3)
+        match event:
+            case MicrobatchDone():
+                return
+            case StepDone():
+                first_or_last = event.step in (1, event.total)
+                if first_or_last or event.step % self._every == 0 or not event.applied:
+                    self._metrics[event.job].write(_step_line(event, now))
+                return
+            case Evaluated():
+                self._metrics[event.job].write(_eval_line(event, now))
+        self._events.write({"event": type(event).__name__, "time": now, **asdict(event)})
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._log.write(f"{stamp} {describe(event)}\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        """Closes all files."""
+        for lines in (*self._metrics.values(), self._events):
+            lines.close()
+        self._log.close()
+
+
+def _step_line(event: StepDone, now: float) -> dict[str, Any]:
+    return {
+        "step": event.step,
+        "tokens": event.tokens,
+        "loss": event.loss,
+        "lr": event.lr,
+        "grad_norm": event.grad_norm,
+        "eval_loss": None,
+        "applied": event.applied,
+        "microbatch": event.microbatch,
+        "time": now,
+    }
+
+
+def _eval_line(event: Evaluated, now: float) -> dict[str, Any]:
+    return {
+        "step": event.step,
+        "loss": None,
+        "eval_loss": event.loss,
+        "token_accuracy": event.token_accuracy,
+        "exact_match": event.exact_match,
+        "microbatch": event.microbatch,
+        "time": now,
+    }
+
+
+def describe(event: Event) -> str:
+    """Returns an event as one line of text."""
+    match event:
+        case RunPlanned():
+            names = ", ".join(f"{job.name} ({job.steps} steps)" for job in event.jobs)
+            return (
+                f"{len(event.jobs)} jobs in {event.slots} slots: {names}; "
+                f"{event.microbatches} microbatches of up to {event.capacities[-1]} tokens, "
+                f"padding {event.padding:.1%} (alone {event.padding_alone:.1%})"
+            )
+        case Compiling(seconds=None):
+            return f"compiling {event.program} step for {event.capacity} tokens ..."
+        case Compiling():
+            return f"compiled {event.program} step in {event.seconds:.1f} s"
+        case MicrobatchDone():
+            return f"microbatch {event.index + 1}/{event.total}"
+        case StepDone():
+            return f"{event.job} step {event.step}/{event.total} loss {event.loss:.4f}"
+        case Evaluated():
+            return (
+                f"{event.job} step {event.step} held-out loss {event.loss:.4f} "
+                f"exact match {event.exact_match:.1%}" + (" (best)" if event.best else "")
+            )
+        case JobEnded():
+            return f"{event.job} {event.status} after {event.step} steps: {event.adapter}"
+        case CheckpointSaved():
+            return f"checkpoint {event.step} saved in {event.seconds:.1f} s"
+        case Notice():
+            return event.message
+        case RunEnded():
+            return f"{event.tokens} tokens in {event.seconds:.1f} s"
+
+
+def write_summary(folder: RunFolder, rows: list[dict[str, Any]]) -> None:
+    """Writes summary.md: one row per job with its base and adapter results on held-out samples."""
+    lines = [
+        f"# {folder.path.name}",
+        "",
+        "| job | r | steps | held-out loss: base | best | last | exact match: base | last |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = [
+            row["job"],
+            str(row["r"]),
+            str(row["step"]),
+            *(_number(row[key]) for key in ("base_loss", "best_loss", "eval_loss")),
+            *(_percent(row[key]) for key in ("base_match", "exact_match")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    write_text(folder.path / "summary.md", "\n".join(lines) + "\n")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
