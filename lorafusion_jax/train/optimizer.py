@@ -107,8 +107,12 @@ def init(params: Adapters, names: tuple[str, ...], num_slots: int) -> OptState:
     """Returns zero moments and counts for the optimizers in `names`."""
     scalars = Hyper(*(jnp.zeros(()) for _ in Hyper._fields))
     moments = {n: jax.vmap(transform(n, scalars).init, axis_size=num_slots)(params) for n in names}
-    zeros = jnp.zeros(num_slots, jnp.int32)
-    return OptState(moments, zeros, zeros, jnp.zeros(num_slots, jnp.bool_))
+    return OptState(
+        moments=moments,
+        count=jnp.zeros(num_slots, jnp.int32),
+        rejected=jnp.zeros(num_slots, jnp.int32),
+        frozen=jnp.zeros(num_slots, jnp.bool_),
+    )
 
 
 def _where_slot(mask: Bool[Array, " slots"], new: PyTree, old: PyTree) -> PyTree:
