@@ -1,6 +1,6 @@
 """Held-out loss and exact match of adapters, or of the base model, over packed samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from lorafusion_jax.train.batch import JobRows, RowOwner, pack, segment_bucket
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loss import TokenLosses
 from lorafusion_jax.train.step import Programs
-from lorafusion_sched import Microbatch, Problem, plan
+from lorafusion_sched import Problem, plan
 
 BASE = -1
 """The slot that stands for the base model without an adapter."""
@@ -35,69 +35,75 @@ class EvalResult(NamedTuple):
     samples: int
 
 
-def plan_evaluation(
-    jobs: Sequence[TrainJob], capacities: tuple[int, ...], tile: int
-) -> tuple[Microbatch, ...]:
-    """Packs the held-out samples of jobs into microbatches."""
-    plans = tuple(job.eval_plan() for job in jobs if job.eval_indices)
-    return plan(Problem(jobs=plans, capacities=capacities, tile=tile)).microbatches
-
-
-def evaluate(
-    programs: Programs,
-    bank: AdapterBank,
-    jobs: Sequence[TrainJob],
-    slots: Mapping[str, int],
-    microbatches: Sequence[Microbatch],
-    *,
-    tile: int,
-) -> dict[str, EvalResult]:
-    """Evaluates jobs on their held-out samples.
+class Evaluator:
+    """Evaluates one job at a time, so that its result does not depend on the others.
 
     Args:
         programs: compiled steps.
-        bank: adapters.
-        jobs: jobs that `microbatches` hold.
-        slots: slot of each job, `BASE` for the base model.
-        microbatches: from `plan_evaluation`.
+        jobs: jobs to evaluate; those without held-out samples are left out.
+        capacity: tokens per microbatch.
         tile: rows per tile.
-
-    Returns:
-        Results of the jobs that have held-out samples, by name.
     """
-    rows = {job.name: JobRows(slots[job.name], job.seed, job.eval_samples) for job in jobs}
-    num_slots, max_segments = bank.rank.shape[0], segment_bucket(microbatches)
-    found: dict[str, list[tuple[float, int, int]]] = {}
-    for microbatch in microbatches:
-        batch, owners = pack(
-            microbatch, rows, tile=tile, num_slots=num_slots, max_segments=max_segments
+
+    def __init__(self, programs: Programs, jobs: Sequence[TrainJob], capacity: int, tile: int):
+        self._programs, self._tile = programs, tile
+        self._plans = {
+            job.name: plan(Problem(jobs=(job.eval_plan(),), capacities=(capacity,), tile=tile))
+            for job in jobs
+            if job.eval_indices
+        }
+        # One static number of segments for all jobs: one program.
+        self._segments = max(
+            (segment_bucket(plan.microbatches) for plan in self._plans.values()), default=1
         )
-        losses = programs.evaluate(bank, batch)
-        _collect(found, losses, batch.loss_weight != 0, owners)  # pyright: ignore[reportArgumentType]
-    return {job.name: _summary(found[job.name]) for job in jobs if job.name in found}
+
+    def __call__(self, bank: AdapterBank, job: TrainJob, slot: int) -> EvalResult | None:
+        """Evaluates the adapter in `slot`, or the base model (`BASE`), on a job's held-out samples.
+
+        Returns:
+            The result, or None for a job without held-out samples.
+        """
+        if job.name not in self._plans:
+            return None
+        rows = {job.name: JobRows(slot, job.seed, job.eval_samples)}
+        found: list[_Sample] = []
+        for microbatch in self._plans[job.name].microbatches:
+            batch, owners = pack(
+                microbatch,
+                rows,
+                tile=self._tile,
+                num_slots=bank.rank.shape[0],
+                max_segments=self._segments,
+            )
+            losses = self._programs.evaluate(bank, batch)
+            found += _samples(losses, np.asarray(batch.loss_weight) != 0, owners)
+        return _summary(found)
 
 
-def _collect(
-    found: dict[str, list[tuple[float, int, int]]],
-    losses: TokenLosses,
-    supervised: np.ndarray,
-    owners: Sequence[RowOwner],
-) -> None:
-    """Adds (loss, supervised tokens, right tokens) of each sample."""
+class _Sample(NamedTuple):
+    loss: float
+    tokens: int
+    right: int
+
+
+def _samples(
+    losses: TokenLosses, supervised: np.ndarray, owners: Sequence[RowOwner]
+) -> list[_Sample]:
     weighted = np.asarray(losses.weighted, np.float64)
     correct = np.asarray(losses.correct) & supervised
-    for owner in owners:
-        span = slice(owner.start, owner.stop)
-        counts = int(supervised[span].sum()), int(correct[span].sum())
-        found.setdefault(owner.job, []).append((float(weighted[span].sum()), *counts))
+    spans = [slice(owner.start, owner.stop) for owner in owners]
+    return [
+        _Sample(float(weighted[s].sum()), int(supervised[s].sum()), int(correct[s].sum()))
+        for s in spans
+    ]
 
 
-def _summary(samples: list[tuple[float, int, int]]) -> EvalResult:
-    tokens = sum(count for _, count, _ in samples)
+def _summary(samples: list[_Sample]) -> EvalResult:
+    tokens = sum(sample.tokens for sample in samples)
     return EvalResult(
-        loss=sum(loss for loss, _, _ in samples) / tokens,
-        token_accuracy=sum(right for _, _, right in samples) / tokens,
-        exact_match=sum(right == count for _, count, right in samples) / len(samples),
+        loss=sum(sample.loss for sample in samples) / tokens,
+        token_accuracy=sum(sample.right for sample in samples) / tokens,
+        exact_match=sum(sample.right == sample.tokens for sample in samples) / len(samples),
         tokens=tokens,
         samples=len(samples),
     )

@@ -123,17 +123,17 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A job was evaluated on its held-out samples; step 0 is the base model.
+    """A job was evaluated on its held-out samples.
 
     Attributes:
         job: name.
-        step: global batches done.
+        step: global batches done; 0 is the base model.
         loss: mean over supervised tokens.
         token_accuracy: share of supervised tokens predicted first.
         exact_match: share of samples that greedy decoding would answer exactly.
         samples: how many there are.
         best: no evaluation of the job was better.
-        microbatch: index in the plan, -1 before the first.
+        microbatch: after which it was evaluated; for the base model, before which.
     """
 
     job: str

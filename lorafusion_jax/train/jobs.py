@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 from lorafusion_jax.config import BatchingConfig, JobConfig, OptimConfig
-from lorafusion_jax.data.order import batch_order, split_eval
-from lorafusion_jax.data.records import read_records, records_from_rows
-from lorafusion_jax.data.tokenize import Dataset, tokenize_dataset
-from lorafusion_jax.errors import DataError
-from lorafusion_jax.lora.bank import LoraSpec
+from lorafusion_jax.data import (
+    Dataset,
+    batch_order,
+    load_dataset,
+    records_from_rows,
+    split_eval,
+    tokenize_dataset,
+)
+from lorafusion_jax.lora import LoraSpec, target_paths
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train.optimizer import OPTIMIZERS, SCHEDULES, Hyper
 from lorafusion_sched import Job, Sample
@@ -34,6 +38,7 @@ class TrainJob:
         batch_tokens: supervised tokens of each global batch.
         eval_samples: held-out data; the same data set as `samples` where it was split off.
         eval_indices: which of them are held out; may be empty.
+        targets: paths of the modules its adapter changes.
     """
 
     config: JobConfig
@@ -43,6 +48,7 @@ class TrainJob:
     batch_tokens: dict[int, int]
     eval_samples: Dataset
     eval_indices: tuple[int, ...]
+    targets: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -53,6 +59,12 @@ class TrainJob:
     def num_steps(self) -> int:
         """Optimizer steps it takes."""
         return len(self.plan.batches)
+
+    @property
+    def num_train(self) -> int:
+        """Samples it trains on in one epoch."""
+        held_out = self.config.eval.path is None
+        return len(self.samples) - (len(self.eval_indices) if held_out else 0)
 
     @property
     def fingerprint(self) -> str:
@@ -80,6 +92,7 @@ def resolve_job(
 
     Raises:
         DataError: the data cannot be used.
+        AdapterError: the model has no such target modules.
     """
     samples = _dataset(data, config, base, batching)
     if config.eval.path is not None:
@@ -100,26 +113,22 @@ def resolve_job(
         batch_tokens=tokens,
         eval_samples=eval_samples,
         eval_indices=tuple(int(i) for i in held_out),
+        targets=tuple(target_paths(base.model, lora_spec(config))),
     )
 
 
 def _dataset(data: Data, config: JobConfig, base: Base, batching: BatchingConfig) -> Dataset:
     if isinstance(data, Dataset):
         return data
+    limits: dict[str, Any] = {
+        "max_length": batching.max_length,
+        "overlong": batching.overlong,
+        "vocab_size": base.config.vocab_size,
+    }
     if isinstance(data, str | Path):
-        records = read_records(data, config.data.format)
-    else:
-        records = records_from_rows([dict(row) for row in data], config.data.format, config.name)
-    dataset = tokenize_dataset(
-        records,
-        base.tokenizer,
-        max_length=batching.max_length,
-        overlong=batching.overlong,
-        name=str(data) if isinstance(data, str | Path) else config.name,
-    )
-    if len(dataset) == 0:
-        raise DataError(f"job {config.name}: no samples are left of {len(records)} rows")
-    return dataset
+        return load_dataset(data, base.tokenizer, format=config.data.format, **limits)
+    records = records_from_rows([dict(row) for row in data], config.data.format, config.name)
+    return tokenize_dataset(records, base.tokenizer, name=config.name, **limits)
 
 
 def _batches(

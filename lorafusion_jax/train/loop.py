@@ -16,7 +16,7 @@ from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.batch import JobRows, pack, segment_bucket
 from lorafusion_jax.train.checkpoint import Checkpoints
-from lorafusion_jax.train.evaluate import BASE, evaluate, plan_evaluation
+from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import (
     CheckpointSaved,
     Evaluated,
@@ -27,36 +27,14 @@ from lorafusion_jax.train.events import (
     StepDone,
 )
 from lorafusion_jax.train.jobs import TrainJob, hyper_parameters, lora_spec
+from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule
 from lorafusion_jax.train.step import Programs, StepReport, TrainState
+from lorafusion_sched import Microbatch, Stretch
 
 IN_FLIGHT = 2
 """Microbatches that may be under way on the device before the host waits for the oldest."""
-
-
-@dataclass
-class JobProgress:
-    """What a checkpoint remembers of a job beside its arrays.
-
-    Attributes:
-        base_loss, base_match: of the base model on the held-out samples.
-        best_loss, best_step: lowest held-out loss so far.
-        eval_loss, exact_match: of the last evaluation.
-        step: global batches done.
-        rejected: global batches rejected as non-finite.
-        status: "waiting", "training", "done" or "frozen".
-    """
-
-    base_loss: float | None = None
-    base_match: float | None = None
-    best_loss: float | None = None
-    best_step: int | None = None
-    eval_loss: float | None = None
-    exact_match: float | None = None
-    step: int = 0
-    rejected: int = 0
-    status: str = "waiting"
 
 
 @dataclass
@@ -66,10 +44,9 @@ class Run:
     Attributes:
         base: the base model.
         jobs: in order of the configuration.
-        targets: module paths each job targets.
         schedule: plan and slots.
         tile: rows per tile.
-        capacities: of evaluation.
+        evaluator: of held-out samples.
         programs: compiled steps.
         state: adapters and optimizer.
         folder: where results go.
@@ -83,10 +60,9 @@ class Run:
 
     base: Base
     jobs: Sequence[TrainJob]
-    targets: dict[str, list[str]]
     schedule: Schedule
     tile: int
-    capacities: tuple[int, ...]
+    evaluator: Evaluator
     programs: Programs
     state: TrainState
     folder: RunFolder
@@ -103,15 +79,11 @@ class Run:
         self._segments = segment_bucket(self.schedule.plan.microbatches)
         self._in_flight: deque[tuple[int, StepReport]] = deque()
         self._failure: NonFiniteError | None = None
-        self._tokens_of_job = dict.fromkeys(self._by_name, 0)
-        for microbatch in self.schedule.plan.microbatches[: self.cursor]:
-            self._count_tokens(microbatch)
+        self._tokens_at = _tokens_at_ends(self.schedule.plan.microbatches)
         for job in self.jobs:
             self.progress.setdefault(job.name, JobProgress())
         self._rows = {
-            job.name: JobRows(
-                self.schedule.slot[job.name], job.seed, job.samples, job.batch_tokens
-            )
+            job.name: JobRows(self.schedule.slot[job.name], job.seed, job.samples, job.batch_tokens)
             for job in self.jobs
             if self.progress[job.name].status != "frozen"
         }
@@ -124,8 +96,9 @@ class Run:
 
     def evaluate_base(self) -> None:
         """Evaluates the base model on the held-out samples of every job that has not started."""
-        new = [job for job in self.jobs if self.progress[job.name].base_loss is None]
-        self._evaluate(new, dict.fromkeys(self._by_name, BASE))
+        for job in self.jobs:
+            if self.progress[job.name].base_loss is None:
+                self._evaluate(job, BASE)
 
     def run_microbatch(self) -> None:
         """Trains on the next microbatch and does what is due after it.
@@ -149,7 +122,7 @@ class Run:
             self.state, report = self.programs.train(self.state, self._hyper, batch)
             self._in_flight.append((index, report))
             self._settle(IN_FLIGHT)
-        self.tokens += self._count_tokens(microbatch)
+        self.tokens += sum(stretch.tokens() for stretch in microbatch.stretches)
         self._after(index)
 
     def save(self) -> None:
@@ -169,11 +142,9 @@ class Run:
     def _start(self, job: TrainJob) -> None:
         """Gives a job its slot: a fresh adapter and zero moments, whatever lay there."""
         slot = self.schedule.slot[job.name]
-        bank = write_slot(
-            self.state.bank, slot, lora_spec(job.config), job.seed, self.targets[job.name]
-        )
-        cleared = optimizer.reset_slot(self.state._replace(bank=None), slot)
-        self.state = cleared._replace(bank=bank)
+        bank = write_slot(self.state.bank, slot, lora_spec(job.config), job.seed, job.targets)
+        opt, grads, loss, tokens = optimizer.reset_slot(self.state[1:], slot)
+        self.state = TrainState(bank, opt, grads, loss, tokens)
         self.progress[job.name].status = "training"
         self._load_hyper()
 
@@ -203,7 +174,8 @@ class Run:
                 to_end.append(job)
         if to_evaluate or to_end or save:
             self._settle(0)
-        self._evaluate(to_evaluate, self.schedule.slot)
+        for job in to_evaluate:
+            self._evaluate(job, self.schedule.slot[job.name])
         for job in to_end:
             self._end(job)
         if save or self.finished or self._failure is not None:
@@ -211,41 +183,32 @@ class Run:
         if self._failure is not None:
             raise self._failure
 
-    def _evaluate(self, jobs: list[TrainJob], slots: dict[str, int]) -> None:
-        """Evaluates jobs; an adapter that is the best so far is exported."""
-        jobs = [job for job in jobs if job.eval_indices]
-        if not jobs:
+    def _evaluate(self, job: TrainJob, slot: int) -> None:
+        """Evaluates a job, or the base on its samples; the best adapter so far is exported."""
+        result = self.evaluator(self.state.bank, job, slot)
+        if result is None:
             return
-        microbatches = plan_evaluation(jobs, self.capacities, self.tile)
-        results = evaluate(
-            self.programs, self.state.bank, jobs, slots, microbatches, tile=self.tile
+        progress, best = self.progress[job.name], False
+        if slot == BASE:
+            progress.base_loss, progress.base_match = result.loss, result.exact_match
+        else:
+            progress.eval_loss, progress.exact_match = result.loss, result.exact_match
+            best = result.loss < (math.inf if progress.best_loss is None else progress.best_loss)
+        if best:
+            progress.best_loss, progress.best_step = result.loss, progress.step
+            self._export(job, "best")
+        self.listener(
+            Evaluated(
+                job=job.name,
+                step=progress.step,
+                loss=result.loss,
+                token_accuracy=result.token_accuracy,
+                exact_match=result.exact_match,
+                samples=result.samples,
+                best=best,
+                microbatch=self.cursor if slot == BASE else self.cursor - 1,
+            )
         )
-        for job in jobs:
-            result, progress = results[job.name], self.progress[job.name]
-            trained = slots[job.name] != BASE
-            if trained:
-                progress.eval_loss, progress.exact_match = result.loss, result.exact_match
-            else:
-                progress.base_loss, progress.base_match = result.loss, result.exact_match
-            best = trained and (
-                math.isfinite(result.loss)
-                and (progress.best_loss is None or result.loss < progress.best_loss)
-            )
-            if best:
-                progress.best_loss, progress.best_step = result.loss, progress.step
-                self._export(job, "best")
-            self.listener(
-                Evaluated(
-                    job=job.name,
-                    step=progress.step if trained else 0,
-                    loss=result.loss,
-                    token_accuracy=result.token_accuracy,
-                    exact_match=result.exact_match,
-                    samples=result.samples,
-                    best=best,
-                    microbatch=self.cursor - 1 if trained else -1,
-                )
-            )
 
     def _end(self, job: TrainJob) -> None:
         """Exports a finished job; its slot is free from now on."""
@@ -266,11 +229,6 @@ class Run:
         name = self.base.path or self.base.name
         save_peft(self.folder.adapter(job.name, which), host, lora_spec(job.config), name)
 
-    def _count_tokens(self, microbatch) -> int:
-        for stretch in microbatch.stretches:
-            self._tokens_of_job[stretch.job] += stretch.tokens()
-        return sum(stretch.tokens() for stretch in microbatch.stretches)
-
     def _settle(self, limit: int) -> None:
         """Waits until at most `limit` microbatches are under way, and reports the others."""
         while len(self._in_flight) > limit:
@@ -286,7 +244,7 @@ class Run:
         total = len(self.schedule.plan.microbatches)
         self.listener(MicrobatchDone(index, total, tokens, microbatch.capacity))
 
-    def _report_step(self, index: int, stretch, report: StepReport) -> None:
+    def _report_step(self, index: int, stretch: Stretch, report: StepReport) -> None:
         job, slot = self._by_name[stretch.job], self.schedule.slot[stretch.job]
         applied = bool(report.applied[slot])
         self.listener(
@@ -295,7 +253,7 @@ class Run:
                 step=stretch.batch + 1,
                 total=job.num_steps,
                 loss=float(report.loss[slot]),
-                tokens=self._tokens_of_job[job.name],
+                tokens=self._tokens_at[job.name, stretch.batch],
                 lr=float(report.lr[slot]),
                 grad_norm=float(report.grad_norm[slot]),
                 applied=applied,
@@ -320,3 +278,15 @@ class Run:
                 f"{message}; stopped (on_nonfinite: stop). All jobs are saved at microbatch "
                 f"{self.cursor}; the same command goes on after the rejected step"
             )
+
+
+def _tokens_at_ends(microbatches: Sequence[Microbatch]) -> dict[tuple[str, int], int]:
+    """Tokens each job has trained on by the end of each of its global batches."""
+    total: dict[str, int] = {}
+    at_end = {}
+    for microbatch in microbatches:
+        for stretch in microbatch.stretches:
+            total[stretch.job] = total.get(stretch.job, 0) + stretch.tokens()
+            if stretch.ends:
+                at_end[stretch.job, stretch.batch] = total[stretch.job]
+    return at_end

@@ -3,10 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from lorafusion_jax.train.events import (
     CheckpointSaved,
@@ -20,6 +20,8 @@ from lorafusion_jax.train.events import (
     RunPlanned,
     StepDone,
 )
+from lorafusion_jax.train.jobs import TrainJob
+from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.run_folder import RunFolder, read_lines, write_text
 
 
@@ -93,8 +95,10 @@ class RunWriter:
         self._log.write(f"{stamp} {describe(event)}\n")
         self._log.flush()
 
-    def close(self) -> None:
-        """Closes all files."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for lines in (*self._metrics.values(), self._events):
             lines.close()
         self._log.close()
@@ -159,22 +163,21 @@ def describe(event: Event) -> str:
             return f"{event.tokens} tokens in {event.seconds:.1f} s"
 
 
-def write_summary(folder: RunFolder, rows: list[dict[str, Any]]) -> None:
-    """Writes summary.md: one row per job with its base and adapter results on held-out samples."""
+def write_summary(
+    folder: RunFolder, jobs: Sequence[TrainJob], progress: Mapping[str, JobProgress]
+) -> None:
+    """Writes summary.md: one row per job, base against adapter on held-out samples."""
     lines = [
-        f"# {folder.path.name}",
+        f"# {folder.path.resolve().name}",
         "",
         "| job | r | steps | held-out loss: base | best | last | exact match: base | last |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in rows:
-        cells = [
-            row["job"],
-            str(row["r"]),
-            str(row["step"]),
-            *(_number(row[key]) for key in ("base_loss", "best_loss", "eval_loss")),
-            *(_percent(row[key]) for key in ("base_match", "exact_match")),
-        ]
+    for job in jobs:
+        done = progress[job.name]
+        losses = (done.base_loss, done.best_loss, done.eval_loss)
+        cells = [job.name, str(job.config.lora.r), str(done.step), *map(_number, losses)]
+        cells += map(_percent, (done.base_match, done.exact_match))
         lines.append("| " + " | ".join(cells) + " |")
     write_text(folder.path / "summary.md", "\n".join(lines) + "\n")
 

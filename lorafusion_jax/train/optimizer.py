@@ -174,6 +174,6 @@ def gated_update(
     return params, new_state, UpdateInfo(applied, norm, lr)
 
 
-def reset_slot(state: OptState, slot: Int[Array, ""]) -> OptState:
-    """Returns the state with one slot's moments and counts zeroed, whatever lay there."""
+def reset_slot[T: PyTree](state: T, slot: int) -> T:
+    """Returns a tree of per-slot arrays with one slot zeroed, whatever lay there."""
     return jax.tree.map(lambda x: x.at[slot].set(jnp.zeros((), x.dtype)), state)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafusion_jax.errors import AdapterError
-from lorafusion_jax.train.loop import JobProgress
+from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.run_folder import RunFolder
 
 

@@ -11,6 +11,7 @@ the last.
 
 import json
 import platform
+import shutil
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,19 @@ import jax
 from lorafusion_jax.config import JobConfig, RunConfig, load_config, resolved_yaml
 from lorafusion_jax.errors import ConfigError
 
+_CONTENTS = (
+    "config.yaml",
+    "config.resolved.yaml",
+    "environment.json",
+    "plan.json",
+    "train.log",
+    "events.jsonl",
+    "jobs",
+    "checkpoints",
+    "summary.md",
+    "loss.png",
+    "utilisation.png",
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
@@ -66,6 +80,12 @@ class RunFolder:
     def events(self) -> list[dict[str, Any]]:
         """Returns the lines of events.jsonl so far."""
         return read_lines(self.path / "events.jsonl")
+
+    def remove_run(self) -> None:
+        """Removes what an earlier run left here, and nothing else."""
+        for name in _CONTENTS:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def write_start(self, config: RunConfig, plan_json: str, source: Path | None) -> None:
         """Writes the configuration, the environment and the plan.

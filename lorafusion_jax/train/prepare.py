@@ -1,0 +1,144 @@
+"""From a schedule to a run in memory: adapters beside the base model, programs, restored state."""
+
+from collections.abc import Sequence
+
+import jax
+from jaxtyping import PyTree
+
+from lorafusion_jax.config import BatchingConfig, RunConfig
+from lorafusion_jax.lora.bank import attach_adapters, multi_linears, split_adapters
+from lorafusion_jax.models.hf_weights import Base
+from lorafusion_jax.train.evaluate import Evaluator
+from lorafusion_jax.train.events import Compiling, JobSummary, Listener, Notice, RunPlanned
+from lorafusion_jax.train.jobs import TrainJob
+from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.progress import JobProgress
+from lorafusion_jax.train.resume import Saved, restore_state, run_facts
+from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.train.schedule import Schedule, make_schedule, padding_share
+from lorafusion_jax.train.step import Model, Programs, TrainState, init_state, loss_chunk
+from lorafusion_sched import padded, to_json
+
+GPU_TILE, CPU_TILE = 128, 16
+
+
+def tile_rows(batching: BatchingConfig) -> int:
+    """Returns the rows per tile; "auto" is what the kernels of this device want."""
+    if batching.tile != "auto":
+        return batching.tile
+    return GPU_TILE if jax.default_backend() == "gpu" else CPU_TILE
+
+
+def prepare_run(
+    base: Base,
+    config: RunConfig,
+    jobs: Sequence[TrainJob],
+    folder: RunFolder,
+    schedule: Schedule,
+    saved: Saved,
+    listener: Listener,
+) -> Run:
+    """Puts an adapter bank beside the base model and restores what was saved.
+
+    Args:
+        base: the base model; it stays as it is.
+        config: the run.
+        jobs: in order of the configuration.
+        folder: where results go.
+        schedule: plan and slots.
+        saved: what the run goes on from.
+        listener: told about the plan first.
+    """
+    tile = tile_rows(config.batching)
+    num_slots = max(schedule.num_slots, saved.num_slots)
+    paths = _targeted(base, jobs)
+    bank = attach_adapters(base.model, paths, num_slots, max(j.config.lora.r for j in jobs))
+    graphdef, frozen = split_adapters(base.model)
+    attach_adapters(base.model, (), 0, 1)
+    state = init_state(bank, tuple(sorted({job.config.optim.name for job in jobs})))
+    if saved.restored is not None:
+        state = restore_state(state, saved.restored.leaves, joined=bool(saved.joined))
+    listener(_planned(jobs, schedule, saved.cursor, base, state, frozen, tile))
+    for notice in saved.notices:
+        listener(Notice(notice))
+    capacity = max(m.capacity for m in schedule.plan.microbatches)
+    model = Model(graphdef, config.train.remat, loss_chunk(base.config.vocab_size, capacity))
+    programs = Programs(model, frozen, lambda *event: listener(Compiling(*event)))
+    return Run(
+        base=base,
+        jobs=jobs,
+        schedule=schedule,
+        tile=tile,
+        evaluator=Evaluator(programs, jobs, _eval_capacity(jobs, capacity, tile), tile),
+        programs=programs,
+        state=state,
+        folder=folder,
+        checkpoints=saved.checkpoints,
+        listener=listener,
+        facts=run_facts(config, base, jobs, to_json(schedule.plan)),
+        progress={name: JobProgress(**values) for name, values in saved.progress.items()},
+        cursor=saved.cursor,
+    )
+
+
+def _targeted(base: Base, jobs: Sequence[TrainJob]) -> list[str]:
+    """Paths that any job targets, in the model's order: the same for any order of jobs."""
+    wanted = {path for job in jobs for path in job.targets}
+    return [path for path in multi_linears(base.model) if path in wanted]
+
+
+def _eval_capacity(jobs: Sequence[TrainJob], capacity: int, tile: int) -> int:
+    """The training capacity, or what the longest held-out sample needs."""
+    lengths = (sample.length for job in jobs for b in job.eval_plan().batches for sample in b)
+    return max(capacity, padded(max(lengths, default=0), tile))
+
+
+def _planned(
+    jobs: Sequence[TrainJob],
+    schedule: Schedule,
+    cursor: int,
+    base: Base,
+    state: TrainState,
+    frozen: PyTree,
+    tile: int,
+) -> RunPlanned:
+    microbatches = schedule.plan.microbatches
+    capacities = tuple(sorted({m.capacity for m in microbatches}))
+    alone = [
+        m
+        for job in jobs
+        for m in make_schedule([job.plan], capacities=capacities, tile=tile).plan.microbatches
+    ]
+    linears = multi_linears(base.model)
+    sizes = {path: m.in_features + m.out_features for path, m in linears.items()}
+    return RunPlanned(
+        jobs=tuple(_job_summary(job, sizes) for job in jobs),
+        microbatches=len(microbatches),
+        start=cursor,
+        capacities=capacities,
+        tile=tile,
+        padding=padding_share(microbatches),
+        padding_alone=padding_share(alone),
+        slots=state.bank.rank.shape[0],
+        r_max=next(iter(state.bank.a.values())).shape[1],
+        base_bytes=_bytes(frozen),
+        adapter_bytes=_bytes(state),
+    )
+
+
+def _job_summary(job: TrainJob, sizes: dict[str, int]) -> JobSummary:
+    tokens = sum(sample.length for batch in job.plan.batches for sample in batch)
+    return JobSummary(
+        name=job.name,
+        steps=job.num_steps,
+        samples=job.num_train,
+        eval_samples=len(job.eval_indices),
+        tokens=tokens,
+        supervised=sum(job.batch_tokens.values()) / tokens,
+        r=job.config.lora.r,
+        parameters=job.config.lora.r * sum(sizes[path] for path in job.targets),
+    )
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

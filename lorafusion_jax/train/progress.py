@@ -1,0 +1,27 @@
+"""How far a job is, beside its arrays."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class JobProgress:
+    """What a checkpoint remembers of a job beside its arrays.
+
+    Attributes:
+        base_loss, base_match: of the base model on the held-out samples.
+        best_loss, best_step: lowest held-out loss so far.
+        eval_loss, exact_match: of the last evaluation.
+        step: global batches done.
+        rejected: global batches rejected as non-finite.
+        status: "waiting", "training", "done" or "frozen".
+    """
+
+    base_loss: float | None = None
+    base_match: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    eval_loss: float | None = None
+    exact_match: float | None = None
+    step: int = 0
+    rejected: int = 0
+    status: str = "waiting"

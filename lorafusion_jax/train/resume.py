@@ -1,0 +1,210 @@
+"""What a checkpoint must match before a run goes on from it, and how later jobs join it."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lorafusion_jax.config import RunConfig, config_diff
+from lorafusion_jax.errors import CheckpointError, ConfigError
+from lorafusion_jax.models.hf_weights import Base
+from lorafusion_jax.train.checkpoint import Checkpoints, Leaves, Restored, leaves_of, unflatten_like
+from lorafusion_jax.train.jobs import TrainJob
+from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.train.step import TrainState
+from lorafusion_sched import Microbatch, PlanError, from_json
+
+
+def base_fingerprint(base: Base) -> str:
+    """Returns a hash of the base model's shape and of its norm weights.
+
+    The norms are a few kilobytes that differ between any two trainings of one architecture; hashing
+    all weights would read gigabytes at every start.
+    """
+    digest = hashlib.sha256(repr(base.config).encode())
+    for leaf in jax.tree.leaves(nnx.state(base.model)):
+        if leaf.ndim == 1:
+            digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def run_facts(
+    config: RunConfig, base: Base, jobs: Sequence[TrainJob], plan_json: str
+) -> dict[str, Any]:
+    """Returns what identifies a run, to be saved with every checkpoint."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "base": base_fingerprint(base),
+        "data": {job.name: job.fingerprint for job in jobs},
+        "plan": plan_json,
+    }
+
+
+def check_same_run(
+    saved: Mapping[str, Any], config: RunConfig, base: Base, jobs: Sequence[TrainJob]
+) -> list[str]:
+    """Checks that a checkpoint's run is this one, perhaps with jobs added.
+
+    Args:
+        saved: progress of the checkpoint.
+        config: of this run.
+        base: of this run.
+        jobs: of this run.
+
+    Returns:
+        Names of the jobs that are new.
+
+    Raises:
+        ConfigError: something that decides the result has changed; lists all of it.
+    """
+    old = RunConfig.model_validate_json(json.dumps(saved["config"]))
+    problems = [str(change) for change in config_diff(old, config) if change.kind == "refused"]
+    if saved["base"] != base_fingerprint(base):
+        problems.append("base.model: it has other weights or another shape than before")
+    for job in jobs:
+        before = saved["data"].get(job.name)
+        if before is not None and before != job.fingerprint:
+            problems.append(f"jobs.{job.name}.data: its tokenised samples have changed")
+    if problems:
+        raise ConfigError(
+            "this is not the run that the output folder holds:\n  "
+            + "\n  ".join(problems)
+            + "\nundo the changes, choose another output, or start over with --resume never"
+        )
+    return [job.name for job in jobs if job.name not in saved["data"]]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run goes on from; nothing for a new one.
+
+    Attributes:
+        checkpoints: where the run saves.
+        restored: the verified checkpoint, or None.
+        executed: microbatches that were done when it was saved.
+        joined: jobs that are new since.
+        notices: what the user should know.
+    """
+
+    checkpoints: Checkpoints
+    restored: Restored | None = None
+    executed: tuple[Microbatch, ...] = ()
+    joined: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+
+    @property
+    def cursor(self) -> int:
+        """First microbatch to run."""
+        return len(self.executed)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that the checkpoint has."""
+        return 0 if self.restored is None else len(self.restored.leaves["bank/rank"])
+
+    @property
+    def progress(self) -> dict[str, dict[str, Any]]:
+        """Progress of each job."""
+        return {} if self.restored is None else self.restored.progress["jobs"]
+
+
+def find_saved(
+    folder: RunFolder, config: RunConfig, base: Base, jobs: Sequence[TrainJob], resume: str
+) -> Saved:
+    """Finds the newest usable checkpoint of this run, and sweeps what cannot be used.
+
+    Args:
+        folder: of the run, locked.
+        config: of this run.
+        base: of this run.
+        jobs: of this run.
+        resume: see `MultiTrainer.fit`.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be used.
+        ConfigError: they belong to another run; says what has changed.
+    """
+    notices: list[str] = []
+    keep_last = max(job.config.save.keep_last for job in jobs)
+    own = Checkpoints(folder.checkpoints, keep_last=keep_last, say=notices.append)
+    if resume == "never":
+        folder.remove_run()
+        return Saved(own)
+    restored = own.restore() if resume == "auto" else _restore_from(Path(resume), notices)
+    if restored is None:
+        own.sweep()
+        return Saved(own)
+    joined = check_same_run(restored.progress, config, base, jobs)
+    try:
+        plan = from_json(restored.progress["plan"])
+    except PlanError as error:
+        raise CheckpointError(f"checkpoint {restored.step}: {error}") from error
+    if resume != "auto":
+        _adopt_files(Path(resume), folder)
+    own.sweep()
+    own.discard_after(restored.step)
+    done = plan.microbatches[: restored.progress["cursor"]]
+    notices.append(f"going on after microbatch {len(done)} of {len(plan.microbatches)}")
+    notices += [f"{name} joins" for name in joined]
+    return Saved(own, restored, done, tuple(joined), tuple(notices))
+
+
+def _restore_from(path: Path, notices: list[str]) -> Restored:
+    """Restores from a run folder or from one checkpoint of it."""
+    if (path / "checkpoints").is_dir():
+        restored = Checkpoints(path / "checkpoints", say=notices.append).restore()
+    elif path.is_dir() and path.name.isdigit():
+        restored = Checkpoints(path.parent, say=notices.append).restore(int(path.name))
+    else:
+        restored = None
+    if restored is None:
+        raise ConfigError(
+            f"resume={path}: expected auto, never, a run folder with checkpoints, or one of them"
+        )
+    return restored
+
+
+def _adopt_files(path: Path, folder: RunFolder) -> None:
+    """Copies the metrics and adapters of another run, of which this one is the continuation."""
+    source = path if (path / "checkpoints").is_dir() else path.parents[1]
+    if source.resolve() == folder.path.resolve():
+        return
+    if folder.checkpoints.exists():
+        raise ConfigError(f"{folder.path} holds a run already: choose another output")
+    shutil.copytree(source / "jobs", folder.path / "jobs", dirs_exist_ok=True)
+
+
+def restore_state(fresh: TrainState, leaves: Leaves, *, joined: bool) -> TrainState:
+    """Returns a checkpoint's state, in a larger bank if jobs have joined.
+
+    Args:
+        fresh: state of an empty bank for all jobs.
+        leaves: of the checkpoint.
+        joined: whether slots, rank, modules or optimizers may have been added.
+
+    Raises:
+        CheckpointError: the leaves do not fit.
+    """
+    if joined:
+        leaves = leaves_of(fresh) | {
+            name: _enlarged(name, leaf, new)
+            for name, new in leaves_of(fresh).items()
+            if (leaf := leaves.get(name)) is not None
+        }
+    return jax.tree.map(jax.numpy.asarray, unflatten_like(fresh, leaves))
+
+
+def _enlarged(name: str, leaf: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Puts a leaf into the corner of a larger one of zeros: more slots, a larger rank."""
+    if leaf.ndim != new.ndim or any(a > b for a, b in zip(leaf.shape, new.shape, strict=True)):
+        raise CheckpointError(f"{name}: {list(leaf.shape)} does not fit {list(new.shape)}")
+    larger = np.zeros_like(new)
+    larger[tuple(slice(0, size) for size in leaf.shape)] = leaf
+    return larger

@@ -1,0 +1,280 @@
+"""Training many adapters at once, told from beginning to end by `MultiTrainer.fit`."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from pydantic import ValidationError
+
+from lorafusion_jax.config import (
+    BaseModelConfig,
+    BatchingConfig,
+    DataConfig,
+    EvalConfig,
+    JobConfig,
+    LoraConfig,
+    OptimConfig,
+    ReportConfig,
+    RunConfig,
+    RunTrainConfig,
+    SaveConfig,
+    TrainConfig,
+)
+from lorafusion_jax.errors import ConfigError, ResourceError
+from lorafusion_jax.models.hf_weights import Base, load_base
+from lorafusion_jax.train.checkpoint import run_lock
+from lorafusion_jax.train.events import Event, Listener, RunEnded
+from lorafusion_jax.train.jobs import Data, TrainJob, resolve_job
+from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.metrics import RunWriter, write_summary
+from lorafusion_jax.train.prepare import prepare_run, tile_rows
+from lorafusion_jax.train.results import Results, collect_results
+from lorafusion_jax.train.resume import Saved, find_saved
+from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.train.schedule import Schedule, capacity_that_fills, make_schedule
+from lorafusion_jax.train.signals import StoppedError, StopSignals
+from lorafusion_sched import to_json
+
+IN_MEMORY = "(in memory)"
+"""What the configuration says instead of a path for data given as Python objects."""
+
+
+class MultiTrainer:
+    """Trains adapters of many jobs together over one frozen base model.
+
+    Args:
+        base: the base model.
+        output: folder of the run.
+        tokens_per_microbatch: tokens that one forward and backward pass processes.
+        seed: of initialisation, order, split and dropout, together with each job's name.
+        slots: adapters that train at the same time; None for all. Other jobs wait for a slot.
+        batching: all settings of batching, in place of `tokens_per_microbatch`.
+        train: settings of the whole run.
+        report: how often metrics are written.
+        listener: called with every event (`lorafusion_jax.train.events`).
+
+    Raises:
+        ConfigError: a setting cannot be used.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        output: str | Path,
+        tokens_per_microbatch: int = 8192,
+        seed: int = 0,
+        slots: int | None = None,
+        batching: BatchingConfig | None = None,
+        train: RunTrainConfig | None = None,
+        report: ReportConfig | None = None,
+        listener: Listener | None = None,
+    ):
+        with _config_errors("MultiTrainer"):
+            self._batching = batching or BatchingConfig(tokens_per_microbatch=tokens_per_microbatch)
+        if slots is not None and slots < 1:
+            raise ConfigError(f"slots={slots} must be at least 1, or None for one per job")
+        self._base, self._output, self._seed, self._slots = base, Path(output), seed, slots
+        self._train, self._report = train or RunTrainConfig(), report or ReportConfig()
+        self._listener = listener
+        self._jobs: list[tuple[JobConfig, Data]] = []
+        self._config: RunConfig | None = None
+        self._source: Path | None = None
+
+    def add_job(
+        self,
+        name: str,
+        data: Data,
+        *,
+        lora: LoraConfig | None = None,
+        optim: OptimConfig | None = None,
+        train: TrainConfig | None = None,
+        eval: EvalConfig | None = None,
+        save: SaveConfig | None = None,
+    ) -> None:
+        """Adds a job.
+
+        Args:
+            name: of the job, its folder and its adapter.
+            data: JSONL file, an iterable of rows (dicts of the same structure as the file's), or a
+                `Dataset` of token ids.
+            lora: the adapter.
+            optim: its optimizer, such as `AdamW(lr=2e-4)`.
+            train: its length and global batch size.
+            eval: what is held out and how often it is evaluated.
+            save: how often checkpoints are written.
+
+        Raises:
+            ConfigError: the name cannot be used.
+        """
+        path = str(data) if isinstance(data, str | Path) else IN_MEMORY
+        with _config_errors(f"job {name!r}"):
+            job = JobConfig(
+                name=name,
+                data=DataConfig(path=path),
+                lora=lora or LoraConfig(),
+                optim=optim or OptimConfig(),
+                train=train or TrainConfig(),
+                eval=eval or EvalConfig(),
+                save=save or SaveConfig(),
+            )
+        self._jobs.append((job, data))
+
+    @property
+    def config(self) -> RunConfig:
+        """The complete configuration of the run.
+
+        Raises:
+            ConfigError: no jobs, or two of one name.
+        """
+        if self._config is not None:
+            return self._config
+        model = self._base.path or self._base.name
+        dtype = str(self._base.model.head_weight().dtype)
+        with _config_errors("MultiTrainer"):
+            return RunConfig(
+                base=BaseModelConfig(model=model, dtype=dtype),  # pyright: ignore[reportArgumentType]
+                output=str(self._output),
+                seed=self._seed,
+                batching=self._batching,
+                train=self._train,
+                report=self._report,
+                jobs=tuple(job for job, _ in self._jobs),
+            )
+
+    def fit(self, resume: str = "auto") -> Results:
+        """Trains all jobs to their end.
+
+        Args:
+            resume: "auto" goes on with what the output folder holds; "never" starts over; a path
+                is that of a run folder, or of one of its checkpoints, to go on from.
+
+        Returns:
+            Results by job name.
+
+        Raises:
+            LoraFusionError: configuration, data, checkpoints or resources cannot be used.
+            StoppedError: a signal stopped training, after a clean save.
+        """
+        start = time.perf_counter()
+        config = self.config
+        # Whatever is wrong with the data or the targets ends the run here, with nothing written.
+        jobs = [
+            resolve_job(job, data, self._base, config.batching, config.seed)
+            for job, data in self._jobs
+        ]
+        folder = RunFolder(self._output)
+        with run_lock(folder.path), StopSignals() as signals, _explained_memory(config):
+            saved = find_saved(folder, config, self._base, jobs, resume)
+            schedule = self._schedule(config, jobs, saved)
+            folder.write_start(config, to_json(schedule.plan), self._source)
+            with RunWriter(folder, config.report.every, saved.cursor) as writer:
+                listener = _fan_out(writer, self._listener)
+                run = prepare_run(self._base, config, jobs, folder, schedule, saved, listener)
+                run.evaluate_base()
+                while not run.finished:
+                    run.run_microbatch()
+                    if signals.received is not None:
+                        run.save()
+                        raise StoppedError(_how_to_go_on(run), signals.received)
+                run.save()
+                listener(RunEnded(time.perf_counter() - start, run.tokens, _peak_bytes()))
+            write_summary(folder, jobs, run.progress)
+        return collect_results(folder, run.progress)
+
+    def _adopt(self, config: RunConfig, source: Path | None) -> None:
+        """Takes over a complete configuration as it is."""
+        self._config, self._source = config, source
+        self._jobs = [(job, job.data.path) for job in config.jobs]
+
+    def _schedule(self, config: RunConfig, jobs: Sequence[TrainJob], saved: Saved) -> Schedule:
+        batching, plans = config.batching, [job.plan for job in jobs]
+        tile, limit = tile_rows(batching), batching.tokens_per_microbatch
+        capacities = batching.capacities or (capacity_that_fills(plans, limit, tile),)
+        return make_schedule(
+            plans, capacities=capacities, tile=tile, max_slots=self._slots, done=saved.executed
+        )
+
+
+def trainer_from_config(
+    config: RunConfig,
+    *,
+    base: Base | None = None,
+    source: str | Path | None = None,
+    listener: Listener | None = None,
+) -> MultiTrainer:
+    """Returns the trainer of a configuration.
+
+    Args:
+        config: the run.
+        base: its base model, if it is loaded already.
+        source: the configuration file, to be kept in the run's folder.
+        listener: called with every event.
+
+    Raises:
+        ModelError: the base model cannot be loaded.
+    """
+    trainer = MultiTrainer(
+        load_base(config.base.model, config.base.dtype) if base is None else base,
+        output=config.output,
+        seed=config.seed,
+        batching=config.batching,
+        train=config.train,
+        report=config.report,
+        listener=listener,
+    )
+    trainer._adopt(config, None if source is None else Path(source))
+    return trainer
+
+
+@contextmanager
+def _config_errors(what: str) -> Iterator[None]:
+    """Turns pydantic's errors into ours."""
+    try:
+        yield
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or what}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise ConfigError(f"{what}: " + "; ".join(problems)) from error
+
+
+@contextmanager
+def _explained_memory(config: RunConfig) -> Iterator[None]:
+    """Turns the device's out-of-memory errors into ours."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ResourceError(
+            f"out of device memory: {str(error).splitlines()[0][:300]}\n"
+            f"lower batching.tokens_per_microbatch (now {config.batching.tokens_per_microbatch}) "
+            f"or raise train.remat (now {config.train.remat}; attention, then full); the last "
+            "checkpoint is intact"
+        ) from error
+
+
+def _fan_out(*listeners: Listener | None) -> Listener:
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            if listener is not None:
+                listener(event)
+
+    return tell
+
+
+def _how_to_go_on(run: Run) -> str:
+    total = len(run.schedule.plan.microbatches)
+    return (
+        f"stopped by a signal after microbatch {run.cursor} of {total}; everything is saved, the "
+        "same command goes on from there"
+    )
+
+
+def _peak_bytes() -> int | None:
+    """Most device memory used so far; CPUs do not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
