@@ -117,10 +117,7 @@ class Checkpoints:
         leaves = leaves_of(state)
         record = _record(leaves, progress)
         try:
-            saved = ocp.save_checkpointables(
-                self._path(step), {"state": leaves, "record": {"json": record}}
-            )
-            assert saved is None
+            ocp.save_checkpointables(self._path(step), {"state": leaves}, custom_metadata=record)
             _sync_directory(self._directory)
         except (OSError, ValueError) as error:
             raise self._explain(step, error) from error
@@ -177,8 +174,7 @@ class Checkpoints:
     def _load(self, step: int) -> Restored:
         path = self._path(step)
         try:
-            text = ocp.load_checkpointables(path, {"record": None})["record"]["json"]
-            record = _checked_record(text)
+            record = _checked_record(ocp.checkpointables_metadata(path).custom_metadata)
             abstract = {
                 name: np.empty(shape, dtype) for name, (_, dtype, shape) in record["leaves"].items()
             }
@@ -212,18 +208,18 @@ def _describe(leaf: np.ndarray) -> list[Any]:
     return [hashlib.sha256(content).hexdigest(), str(leaf.dtype), list(leaf.shape)]
 
 
-def _record(leaves: Leaves, progress: dict[str, Any]) -> str:
-    """The manifest and the progress as JSON with a checksum of its own."""
+def _record(leaves: Leaves, progress: dict[str, Any]) -> dict[str, Any]:
+    """The manifest and the progress, with a checksum of its own."""
     body = {
         "version": FORMAT_VERSION,
         "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
         "progress": progress,
     }
-    return json.dumps({"sha256": _checksum(body), **body}, sort_keys=True)
+    return {"sha256": _checksum(body), **body}
 
 
-def _checked_record(text: str) -> dict[str, Any]:
-    record = json.loads(text)
+def _checked_record(saved: Any) -> dict[str, Any]:
+    record = dict(saved or {})
     if record.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"format version {record.get('version')!r}, this program reads {FORMAT_VERSION}"

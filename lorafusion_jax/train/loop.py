@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorafusion_jax.errors import NonFiniteError
+from lorafusion_jax.errors import AdapterError, NonFiniteError
 from lorafusion_jax.lora.bank import read_slot, write_slot
 from lorafusion_jax.lora.peft_io import save_peft
 from lorafusion_jax.models.hf_weights import Base
@@ -227,7 +227,10 @@ class Run:
         adapter = read_slot(self.state.bank, self.schedule.slot[job.name])
         host = {path: (np.asarray(a), np.asarray(b)) for path, (a, b) in adapter.items()}
         name = self.base.path or self.base.name
-        save_peft(self.folder.adapter(job.name, which), host, lora_spec(job.config), name)
+        try:
+            save_peft(self.folder.adapter(job.name, which), host, lora_spec(job.config), name)
+        except AdapterError as error:  # not finite; the other jobs go on
+            self.listener(Notice(f"{job.name}: the {which} adapter is not exported: {error}"))
 
     def _settle(self, limit: int) -> None:
         """Waits until at most `limit` microbatches are under way, and reports the others."""
