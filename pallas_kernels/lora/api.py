@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dropout import MIN_RATE
-from pallas_kernels.lora import spec
+from pallas_kernels.lora import mosaic_gpu, spec
 from pallas_kernels.lora.spec import Outputs, Routing, Smalls, Stacks, Weights
 
 type Implementation = Literal["mosaic_gpu", "xla"]
@@ -26,8 +26,11 @@ class _Backend(NamedTuple):
     backward: Callable[..., tuple[Array, Stacks, Stacks]]
 
 
-_BACKENDS: dict[str, _Backend] = {"xla": _Backend(spec.forward, spec.backward)}
-_DEFAULT_ORDER: tuple[str, ...] = ("xla",)
+_BACKENDS: dict[str, _Backend] = {
+    "mosaic_gpu": _Backend(mosaic_gpu.forward, mosaic_gpu.backward),
+    "xla": _Backend(spec.forward, spec.backward),
+}
+_DEFAULT_ORDER: tuple[str, ...] = ("mosaic_gpu", "xla")
 
 
 def _call_first(order: tuple[str, ...], which: str, *args):

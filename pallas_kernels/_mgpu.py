@@ -1,0 +1,235 @@
+"""The only module that touches Pallas Mosaic GPU: its primitives, a ring of SMEM slots, a launcher.
+
+Mosaic GPU changes often. Kernels import the names below, so that a change of its interface is
+mended here. A "thread" of Mosaic GPU is a warpgroup (128 CUDA threads); every kernel of ours runs
+two compute warpgroups (0 and 1) and one that only moves memory (2).
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC as ACC
+from jax.experimental.pallas.mosaic_gpu import SMEM as SMEM
+from jax.experimental.pallas.mosaic_gpu import Barrier as Barrier
+from jax.experimental.pallas.mosaic_gpu import Layout as Layout
+from jax.experimental.pallas.mosaic_gpu import barrier_arrive as barrier_arrive
+from jax.experimental.pallas.mosaic_gpu import barrier_wait as barrier_wait
+from jax.experimental.pallas.mosaic_gpu import broadcasted_iota as broadcasted_iota
+from jax.experimental.pallas.mosaic_gpu import commit_smem as commit_smem
+from jax.experimental.pallas.mosaic_gpu import copy_gmem_to_smem as copy_gmem_to_smem
+from jax.experimental.pallas.mosaic_gpu import copy_smem_to_gmem as copy_smem_to_gmem
+from jax.experimental.pallas.mosaic_gpu import layout_cast as layout_cast
+from jax.experimental.pallas.mosaic_gpu import load as load
+from jax.experimental.pallas.mosaic_gpu import planar_snake as planar_snake
+from jax.experimental.pallas.mosaic_gpu import set_max_registers as set_max_registers
+from jax.experimental.pallas.mosaic_gpu import wait_smem_to_gmem as wait_smem_to_gmem
+from jax.experimental.pallas.mosaic_gpu import wgmma as wgmma
+from jax.experimental.pallas.mosaic_gpu import wgmma_wait as wgmma_wait
+
+MEMORY_WARPGROUP = 2
+SMEM_BYTES = 232_448  # what one block may use on sm_90
+_MEMORY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+_H100_SMS = 132
+_interpreting = contextvars.ContextVar("interpreting", default=False)
+_lowering = contextvars.ContextVar("lowering", default=False)
+
+
+@contextlib.contextmanager
+def interpret(detect_races: bool = False):
+    """Runs kernels traced inside on the CPU, in Mosaic GPU's interpreter."""
+    token = _interpreting.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+            yield
+    finally:
+        _interpreting.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether kernels traced now are interpreted."""
+    return _interpreting.get()
+
+
+@contextlib.contextmanager
+def lower_for_hopper():
+    """Traces kernels inside for an H100, to be lowered on a machine without one."""
+    token = _lowering.set(True)
+    try:
+        yield
+    finally:
+        _lowering.reset(token)
+
+
+def targets_hopper() -> bool:
+    """Whether kernels traced now run on compute capability 9.0, or are interpreted as if."""
+    if interpreting() or _lowering.get():
+        return True
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def num_sms() -> int:
+    """Number of multiprocessors to spread a persistent kernel over."""
+    if interpreting():
+        return 2
+    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else _H100_SMS
+
+
+def swizzled(minor: int, dtype) -> tuple:
+    """The tiling and swizzle that TMA and wgmma share, for a buffer of `minor` columns."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(minor * bits)
+    return (
+        plgpu.TilingTransform((8, swizzle * 8 // bits)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+
+
+def tiles_buffer(stages: int, rows: int, columns: int, dtype):
+    """A ring of `stages` tiles in SMEM, in the layout of TMA and wgmma."""
+    return SMEM((stages, rows, columns), dtype, transforms=swizzled(columns, dtype))
+
+
+def load_columns(vector_ref, first_column, shape: tuple[int, int]) -> jax.Array:
+    """Loads a vector over the columns of the wgmma layout and spreads it over the rows."""
+    vector = load(
+        vector_ref.at[pl.ds(first_column, shape[1])],
+        layout=Layout.WGMMA.reduce(0),
+        optimized=False,
+    )
+    return lax.broadcast_in_dim(vector, shape, (1,))
+
+
+class Ring:
+    """SMEM slots that the memory warpgroup fills and the compute warpgroups empty, in step order.
+
+    Both sides count steps alike, across all tiles of a block. Rules that Mosaic's barriers impose:
+    who ever waits on a barrier must see all its completions, and none may be left unobserved at the
+    end (`drain`).
+    """
+
+    def __init__(self, buffers: Sequence, full, empty, stages: int):
+        self.buffers, self.full, self.empty, self.stages = tuple(buffers), full, empty, stages
+
+    @staticmethod
+    def barriers(stages: int, copies: int, consumers: int) -> tuple:
+        """Types of the full and empty barriers, for scratch allocation."""
+        return (
+            Barrier(num_arrivals=copies, num_barriers=stages),
+            Barrier(num_arrivals=consumers, num_barriers=stages),
+        )
+
+    def _slot(self, step):
+        return lax.rem(step, jnp.int32(self.stages))
+
+    def fill(self, step, sources: Sequence) -> None:
+        """Starts the copies of a step's sources into its slot, once that is free."""
+        slot = self._slot(step)
+
+        @pl.when(step >= self.stages)
+        def _():
+            barrier_wait(self.empty.at[slot])
+
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+
+    def take(self, step) -> tuple:
+        """Waits for a step's slot and returns its buffers."""
+        slot = self._slot(step)
+        barrier_wait(self.full.at[slot])
+        return tuple(buffer.at[slot] for buffer in self.buffers)
+
+    def release(self, step) -> None:
+        """Gives a step's slot back to the memory warpgroup."""
+        barrier_arrive(self.empty.at[self._slot(step)])
+
+    def drain(self, steps) -> None:
+        """Observes the completions that no later fill waited for; `steps` were filled in all."""
+
+        @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
+        def _(step):
+            barrier_wait(self.empty.at[self._slot(step)])
+
+
+def warp_specialize(memory: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
+    """Runs `memory` in the memory warpgroup and `compute(index)` in the other two."""
+    warpgroup = lax.axis_index("wg")
+
+    @pl.when(warpgroup == MEMORY_WARPGROUP)
+    def _():
+        set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        memory()
+
+    @pl.when(warpgroup < MEMORY_WARPGROUP)
+    def _():
+        set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        compute(warpgroup)
+
+
+def accumulate(shape: tuple[int, int], steps: Callable, start=None) -> jax.Array:
+    """Runs `steps(accumulator)` on a float32 accumulator in registers and returns its value.
+
+    Args:
+        shape: rows and columns of this warpgroup's accumulator.
+        steps: issues the matrix products, and waits for them.
+        start: initial value; zeros if None.
+    """
+    if start is None or interpreting():  # the interpreter has no preloaded accumulators
+
+        def zero_based(accumulator):
+            steps(accumulator)
+            return accumulator[...]
+
+        value = pl.run_scoped(zero_based, ACC(shape, jnp.float32))
+        return value if start is None else start + value
+    return pl.run_state(steps)(ACC.init(start))
+
+
+def accumulate_all(shapes: Sequence[tuple[int, int]], steps: Callable) -> list[jax.Array]:
+    """Runs `steps(*accumulators)` on zeroed float32 accumulators; returns what it returns."""
+    return pl.run_scoped(steps, *(ACC(shape, jnp.float32) for shape in shapes))
+
+
+def launch(
+    body: Callable[..., None],
+    *,
+    out_type,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    scratch: tuple,
+    name: str,
+) -> Callable:
+    """Returns a function that runs `body(*inputs, *outputs, *scratch)` on a grid of blocks."""
+
+    def with_scratch(*refs):
+        pl.run_scoped(lambda *allocated: body(*refs, *allocated), *scratch, collective_axes="wg")
+
+    return plgpu.kernel(
+        with_scratch,
+        out_type=out_type,
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+    )
+
+
+def launch_simple(
+    body: Callable[..., None],
+    *,
+    out_type,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    name: str,
+) -> Callable:
+    """Returns a function that runs `body(*inputs, *outputs)` on blocks of one warpgroup each."""
+    return plgpu.kernel(body, out_type=out_type, grid=grid, grid_names=grid_names, kernel_name=name)

@@ -1,0 +1,160 @@
+"""The fused op on Hopper: `forward` and `backward` as in `spec`, from five kernels.
+
+forward     down (S), base_up (Y)
+backward    grad_up (dS, dB), grad_down (dA), dx (dX)
+
+Raises NotImplementedError, with the reason, for what these kernels cannot run.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from pallas_kernels import _mgpu as mgpu
+from pallas_kernels import tuning
+from pallas_kernels.dropout import drop_threshold, keep_scale
+from pallas_kernels.lora.base_up import base_up
+from pallas_kernels.lora.down import down
+from pallas_kernels.lora.dx import dx as input_gradient
+from pallas_kernels.lora.grad_down import grad_down
+from pallas_kernels.lora.grad_up import grad_up
+from pallas_kernels.lora.spec import Outputs, Routing, Stacks, Weights, rows_per_tile
+from pallas_kernels.segments import order_tiles
+
+TILE_ROWS = 128
+MAX_RANK = 256
+_GRANULE = 8  # rows and columns that TMA and the tiled SMEM layout move at least
+
+
+class _Rows(NamedTuple):
+    """Routing as the kernels take it: tiles of 128 rows, thresholds and factors per slot."""
+
+    tile_adapter: Int[Array, " tiles"]
+    row_key: UInt32[Array, " Tp"]
+    has_padding: Int[Array, " tiles"]
+    threshold: Int[Array, " E"]
+    factor: Float[Array, " E"]
+    site: UInt32[Array, " 1"]
+
+
+def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> None:
+    """Raises NotImplementedError if the kernels cannot run this."""
+    if not mgpu.targets_hopper():
+        raise NotImplementedError("the kernels need a GPU of compute capability 9.0 (H100, H200)")
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"x is {x.dtype}: the kernels take bfloat16 and float16")
+    rows, tiles = x.shape[0], routing.tile_adapter.shape[0]
+    tile_rows = rows_per_tile(rows, tiles)
+    if tiles > 1 and tile_rows % TILE_ROWS:
+        raise NotImplementedError(f"tiles of {tile_rows} rows: the kernels take multiples of 128")
+    sizes = {"rows": rows, "in": x.shape[1]} | {f"out[{i}]": w.shape[1] for i, w in enumerate(ws)}
+    for name, size in sizes.items():
+        if size % _GRANULE or not size:
+            raise NotImplementedError(f"{name}={size}: the kernels take multiples of {_GRANULE}")
+    rank = max(a_i.shape[1] for a_i in a)
+    if rank > MAX_RANK:
+        raise NotImplementedError(f"rank {rank}: the kernels go up to {MAX_RANK}")
+
+
+def _rows_of(routing: Routing) -> _Rows:
+    rows, tiles = routing.row_key.shape[0], routing.tile_adapter.shape[0]
+    num_tiles = -(-rows // TILE_ROWS)
+    tile_adapter = routing.tile_adapter.astype(jnp.int32)
+    if num_tiles != tiles:
+        tile_adapter = jnp.repeat(tile_adapter, num_tiles // tiles)
+    row_key = jnp.pad(routing.row_key.astype(jnp.uint32), (0, num_tiles * TILE_ROWS - rows))
+    padding = jnp.any(row_key.reshape(num_tiles, TILE_ROWS) == 0, axis=1)
+    return _Rows(
+        tile_adapter,
+        row_key,
+        padding.astype(jnp.int32),
+        drop_threshold(routing.rate).astype(jnp.int32),
+        (routing.scale * keep_scale(routing.rate)).astype(jnp.float32),
+        routing.site.astype(jnp.uint32),
+    )
+
+
+def _operands(stacks: Stacks, dtype) -> Stacks:
+    """Stacks in the compute dtype, their rank padded to a multiple of 8 with zeros."""
+    padded = ((0, 0), (0, -stacks[0].shape[1] % _GRANULE), (0, 0))
+    return tuple(jnp.pad(stack.astype(dtype), padded) for stack in stacks)
+
+
+def _side_by_side(stacks: Stacks) -> Float[Array, "E RC _"]:
+    return jnp.concatenate(stacks, axis=1) if len(stacks) > 1 else stacks[0]
+
+
+def _down_groups(ranks: list[int]) -> list[slice]:
+    """Projections whose S one pass over X makes: all of them if their ranks fit."""
+    if sum(ranks) <= MAX_RANK:
+        return [slice(0, len(ranks))]
+    return [slice(i, i + 1) for i in range(len(ranks))]
+
+
+def forward(
+    x: Float[Array, "T K"],
+    ws: Weights,
+    a: Stacks,
+    b: Stacks,
+    biases: tuple[Float[Array, " _"] | None, ...],
+    routing: Routing,
+) -> tuple[Outputs, Stacks]:
+    """Returns the outputs and S of each projection; see `spec.forward`."""
+    _refuse_unsupported(x, ws, a, routing)
+    rows, slot_rank = _rows_of(routing), a[0].shape[1]
+    a, b = _operands(a, x.dtype), _operands(b, x.dtype)
+    ranks = [stack.shape[1] for stack in a]
+    ss = []
+    for group in _down_groups(ranks):
+        stacked = _side_by_side(a[group])
+        ss += down(
+            x, stacked, rows.tile_adapter, rows.factor, rows.threshold, rows.row_key, rows.site,
+            tuple(ranks[group]), tuning.down_tiles(*x.shape, stacked.shape[1]),
+        )  # fmt: skip
+    ys = base_up(
+        x, ws, tuple(ss), b, biases, rows.tile_adapter,
+        tuning.gemm_tiles("base_up", x.shape[0], x.shape[1], sum(w.shape[1] for w in ws)),
+    )  # fmt: skip
+    return ys, tuple(s[:, :slot_rank] for s in ss)
+
+
+def backward(
+    x: Float[Array, "T K"],
+    ws: Weights,
+    a: Stacks,
+    b: Stacks,
+    ss: Stacks,
+    routing: Routing,
+    dys: Outputs,
+) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
+    """Returns dX, dA and dB; see `spec.backward`."""
+    _refuse_unsupported(x, ws, a, routing)
+    rows, slots = _rows_of(routing), routing.scale.shape[0]
+    stacked = _side_by_side(_operands(a, x.dtype))
+    b_operands = _operands(b, x.dtype)
+    rank, padded_rank = a[0].shape[1], b_operands[0].shape[1]
+    ss = tuple(jnp.pad(s, ((0, 0), (0, padded_rank - rank))) for s in ss)
+    order = order_tiles(rows.tile_adapter, slots)
+    (num_rows, k), n = x.shape, sum(w.shape[1] for w in ws)
+    ds, dbs = grad_up(
+        dys, b_operands, ss, order, rows.factor, rows.row_key, rows.has_padding,
+        tuning.grad_up_tiles(num_rows, tuple(w.shape[1] for w in ws), padded_rank),
+    )  # fmt: skip
+    da = grad_down(
+        x, ds, order, rows.threshold, rows.row_key, rows.has_padding, rows.site,
+        tuning.grad_down_tiles(num_rows, k, ds.shape[1]),
+    )  # fmt: skip
+    dx = input_gradient(
+        dys, ws, ds, stacked.transpose(0, 2, 1), rows.tile_adapter, rows.threshold,
+        rows.row_key, rows.site, tuning.gemm_tiles("dx", num_rows, n, k),
+    )  # fmt: skip
+    das = [da[:, i * padded_rank : i * padded_rank + rank] for i in range(len(ws))]
+    return (
+        dx,
+        tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True)),
+        tuple(grad[:, :rank].astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True)),
+    )
+
+
+__all__ = ["MAX_RANK", "TILE_ROWS", "backward", "forward"]
