@@ -100,6 +100,7 @@ class GradDownTiles:
 
 _SMS = 132
 _TILE_ROWS = 128
+_SMEM_BYTES = 220_000  # of 232,448; the rest is barriers and alignment
 
 
 def _splits(blocks: int, tiles: int) -> int:
@@ -111,9 +112,10 @@ def down_tiles(rows: int, k: int, rank: int) -> DownTiles:
     """Returns the sizes of `down` for an input of `rows` x `k` and all ranks together."""
     row_blocks = -(-rows // 64)
     splits = max(1, min(_SMS // row_blocks, k // 512))
-    if rank <= 64:
-        return DownTiles(tile_k=128, stages=4, splits=splits)
-    return DownTiles(tile_k=64, stages=4, splits=splits)
+    tile_k = 128 if rank <= 64 else 64
+    fixed, per_stage = 64 * rank * 6, (64 + rank) * tile_k * 2
+    stages = min(4, (_SMEM_BYTES - fixed) // per_stage // 2 * 2)
+    return DownTiles(tile_k, stages, splits)
 
 
 def gemm_tiles(op: Literal["base_up", "dx"], rows: int, depth: int, columns: int) -> GemmTiles:

@@ -19,7 +19,14 @@ from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
 from pallas_kernels.lora.grad_down import grad_down
 from pallas_kernels.lora.grad_up import grad_up
-from pallas_kernels.lora.spec import Outputs, Routing, Stacks, Weights, rows_per_tile
+from pallas_kernels.lora.spec import (
+    Outputs,
+    Routing,
+    Smalls,
+    Stacks,
+    Weights,
+    rows_per_tile,
+)
 from pallas_kernels.segments import order_tiles
 
 TILE_ROWS = 128
@@ -99,7 +106,7 @@ def forward(
     b: Stacks,
     biases: tuple[Float[Array, " _"] | None, ...],
     routing: Routing,
-) -> tuple[Outputs, Stacks]:
+) -> tuple[Outputs, Smalls]:
     """Returns the outputs and S of each projection; see `spec.forward`."""
     _refuse_unsupported(x, ws, a, routing)
     rows, slot_rank = _rows_of(routing), a[0].shape[1]
@@ -124,7 +131,7 @@ def backward(
     ws: Weights,
     a: Stacks,
     b: Stacks,
-    ss: Stacks,
+    ss: Smalls,
     routing: Routing,
     dys: Outputs,
 ) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
