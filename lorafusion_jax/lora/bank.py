@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -28,7 +29,8 @@ from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear
 from lorafusion_jax.lora.targets import LoraSpec
 
-type Adapter = dict[str, tuple[Float[Array, "r K"], Float[Array, "r N"]]]
+type Matrix = Float[Array | np.ndarray, "r _"]
+type Adapter = dict[str, tuple[Matrix, Matrix]]
 type Stacks = dict[str, Float[Array, "slots r_max _"]]
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
@@ -176,8 +177,8 @@ class LoRALinear(nnx.Module):
     def __init__(
         self,
         base: nnx.Linear,
-        a: Float[Array, "r K"],
-        b: Float[Array, "r N"],
+        a: Float[Array | np.ndarray, "r K"],
+        b: Float[Array | np.ndarray, "r N"],
         *,
         scale: int | float = 1,
         dropout: int | float = 0,
@@ -191,8 +192,8 @@ class LoRALinear(nnx.Module):
         self.dtype = base.dtype
         self.kernel = base.kernel
         self.bias = nnx.data(base.bias)
-        self.lora_a = nnx.LoRAParam(a)
-        self.lora_b = nnx.LoRAParam(b)
+        self.lora_a = nnx.LoRAParam(jnp.asarray(a))
+        self.lora_b = nnx.LoRAParam(jnp.asarray(b))
         self.scale = float(scale)
         self.dropout = float(dropout)
         self.site = site

@@ -85,9 +85,9 @@ def target_paths(model: nnx.Module, spec: LoraSpec) -> list[str]:
     if rule == ALL_LINEAR:
         chosen = [path for path in linears if path.rpartition(".")[2] != _OUTPUT_HEAD]
     else:
-        chosen = [path for path in modules if _matches(rule, path)]
+        chosen = [path for path in modules if matches(rule, path)]
         _refuse_unmatched(rule, modules, linears)
-    chosen = [path for path in chosen if not _matches(spec.exclude_modules or (), path)]
+    chosen = [path for path in chosen if not matches(spec.exclude_modules or (), path)]
     if not chosen:
         raise AdapterError(
             f"target_modules={rule!r} without exclude_modules={spec.exclude_modules!r} leaves no "
@@ -108,7 +108,12 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     return {".".join(map(str, path)): module for path, module in nnx.iter_modules(model) if path}
 
 
-def _matches(rule: Rule, path: str) -> bool:
+def matches(rule: Rule, path: str) -> bool:
+    """Says whether a rule (names, or an expression for whole paths) selects a module path.
+
+    Raises:
+        AdapterError: the rule is not a regular expression.
+    """
     if isinstance(rule, str):
         try:
             return re.fullmatch(rule, path) is not None
@@ -120,7 +125,7 @@ def _matches(rule: Rule, path: str) -> bool:
 def _refuse_unmatched(rule: Rule, modules: dict[str, nnx.Module], linears: list[str]) -> None:
     """Refuses a rule, or a name in it, that matches nothing: most likely it is misspelt."""
     for part in [rule] if isinstance(rule, str) else [(name,) for name in rule]:
-        if any(_matches(part, path) for path in modules):
+        if any(matches(part, path) for path in modules):
             continue
         name = part if isinstance(part, str) else part[0]
         suffixes = {path.rpartition(".")[2] for path in linears}
