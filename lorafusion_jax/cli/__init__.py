@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lorafusion_jax.cli import project, status
+from lorafusion_jax.cli import ask, export, prepare, project, status, training
 from lorafusion_jax.errors import LoraFusionError, ResourceError
 
 app = typer.Typer(
@@ -18,8 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _register in (project.register, status.register):
-    _register(app)
+for _module in (project, prepare, training, status, ask, export):
+    _module.register(app)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -34,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 usage, configuration or data, 3 checkpoint unusable or folder in use,
         4 stopped by a non-finite gradient, 5 out of memory or disk, 6 watchdog, 130 interrupted.
     """
+    # Without it, transformers prints that torch is missing, which is no news here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         given = None if arguments is None else list(arguments)
         code = app(args=given, prog_name="lorafusion", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # newer typers turn an interrupt into this code themselves
+            return _explain("interrupted", code)
         return code if isinstance(code, int) else 0
     except LoraFusionError as error:
         return _explain(str(error), error.exit_code)

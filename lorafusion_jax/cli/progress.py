@@ -7,12 +7,13 @@ from types import TracebackType
 from lorafusion_jax.cli.view import JobLine, Screen, duration
 from lorafusion_jax.train import events
 
-_GIB = 2**30
 
-
-def gib(size: float) -> str:
-    """Formats bytes as MiB or GiB."""
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"
+def bytes_text(count: float) -> str:
+    """Formats bytes."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"
 
 
 class TrainProgress:
@@ -72,7 +73,9 @@ class TrainProgress:
             case events.RunEnded():
                 self._screen.eta_s = None
                 speed = event.tokens / event.seconds if event.seconds else 0.0
-                memory = "" if event.peak_bytes is None else f", peak {gib(event.peak_bytes)}"
+                memory = (
+                    "" if event.peak_bytes is None else f", peak {bytes_text(event.peak_bytes)}"
+                )
                 self._screen.message(
                     f"trained  {event.tokens:,} tokens in {duration(event.seconds)} "
                     f"({speed:,.0f} tok/s, compilation and evaluation included){memory}"
@@ -95,7 +98,11 @@ class TrainProgress:
         if event.seconds is None:
             self._screen.message(f"compiling {what} ...")
             return
-        memory = "" if event.temp_bytes is None else f", {gib(event.temp_bytes)} of working memory"
+        memory = (
+            ""
+            if event.temp_bytes is None
+            else f", {bytes_text(event.temp_bytes)} of working memory"
+        )
         self._screen.message(f"compiled  {what} in {event.seconds:.0f} s{memory}")
 
     def _microbatch(self, event: events.MicrobatchDone) -> None:
@@ -115,8 +122,6 @@ class TrainProgress:
         start, tokens = self._first_step.setdefault(event.job, (now, event.tokens))
         if now > start:
             line.tokens_per_s = (event.tokens - tokens) / (now - start)
-        if not event.applied:
-            self._screen.message(f"{event.job}: step {event.step} was non-finite and is skipped")
         self._screen.refresh()
 
     def _evaluated(self, event: events.Evaluated) -> None:
@@ -139,6 +144,6 @@ def planned_text(event: events.RunPlanned) -> list[str]:
         f"{tokens:,} tokens",
         f"packing  {left} microbatches of {sizes} tokens, {event.padding:.1%} padding "
         f"(packed one job at a time: {event.padding_alone:.1%})",
-        f"memory   base {gib(event.base_bytes)}, adapters with optimizer state "
-        f"{gib(event.adapter_bytes)}",
+        f"memory   base {bytes_text(event.base_bytes)}, adapters with optimizer state "
+        f"{bytes_text(event.adapter_bytes)}",
     ]

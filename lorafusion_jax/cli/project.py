@@ -50,21 +50,27 @@ def init(
     """Write a commented lorafusion.yaml, and the demo's data with --demo."""
     path = directory / CONFIG_NAME
     if demo:
-        from lorafusion_jax.data import demo as tasks
-
-        model = tasks.find_demo_model()
-        tasks.build_demo_tasks(directory / "data")
-        if path.exists() and not force:
-            print(f"kept   {path}")
-        else:
-            tasks.write_demo_config(path, model=model, data=directory / "data")
-            print(f"wrote  {path}")
+        _init_demo(directory, replace=force or not path.exists())
     elif path.exists() and not force:
         raise ConfigError(f"{path} exists; --force replaces it")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(TEMPLATE)
-        print(f"wrote  {path}\nnext   lorafusion check {path}")
+        print(f"wrote    {path}\nnext     lorafusion check {path}")
+
+
+def _init_demo(directory: Path, *, replace: bool) -> None:
+    """Builds the demo's data; the configuration is sized for this machine's device."""
+    from lorafusion_jax.cli.session import device_line, on_gpu
+    from lorafusion_jax.data.demo import build_demo_tasks, write_demo_config
+
+    print(f"device   {device_line()}")
+    for task, path in build_demo_tasks(directory / "data").items():
+        print(f"task     {task}: {path}")
+    path = directory / CONFIG_NAME
+    if replace:
+        write_demo_config(directory, "gpu" if on_gpu() else "cpu")
+    print(f"{'wrote' if replace else 'kept':<8} {path}\nnext     lorafusion train {path}")
 
 
 def env() -> None:

@@ -2,6 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorafusion_jax.config import BatchingConfig
+    from lorafusion_jax.models import Base
+    from lorafusion_jax.models.hf_weights import Dtype
 
 
 def cache_folder() -> Path:
@@ -26,3 +32,49 @@ def device_line() -> str:
     device, count = jax.devices()[0], len(jax.devices())
     kernels = "fused GPU kernels" if device.platform == "gpu" else "XLA (no fused GPU kernels)"
     return f"{device.device_kind} x{count}, LoRA by {kernels}"
+
+
+def on_gpu() -> bool:
+    """Says whether the default device is a GPU."""
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def tile_of(batching: "BatchingConfig") -> int:
+    """Returns the tile that training uses here: what is configured, or the device's own."""
+    if batching.tile != "auto":
+        return batching.tile
+    return 128 if on_gpu() else 16
+
+
+def outline_base(path: str, dtype: "Dtype") -> "Base":
+    """Returns a base model without its weights: shapes, names and tokenizer, in no time.
+
+    Raises:
+        ModelError: the path or the architecture cannot be used.
+    """
+    import json
+    from functools import partial
+
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from lorafusion_jax.models import Base, Decoder, ModelConfig, load_base
+    from lorafusion_jax.models.gguf_weights import read_gguf
+    from lorafusion_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
+
+    where = Path(path)
+    if (where / "config.json").is_file():
+        config = ModelConfig.from_hf(json.loads((where / "config.json").read_text("utf-8")))
+        name, tokenizer = where.resolve().name, partial(load_tokenizer, where)
+    elif where.suffix == ".gguf" and where.is_file():
+        config, _, metadata = read_gguf(where)
+        name, tokenizer = (
+            metadata.get("general.name", where.stem),
+            partial(gguf_tokenizer, metadata, path),
+        )
+    else:
+        return load_base(path, dtype)  # says what is wrong with the path
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return Base(model, config, path, name, tokenizer)

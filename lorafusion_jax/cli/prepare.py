@@ -1,0 +1,169 @@
+"""Commands that look before training and write nothing: check, plan."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
+
+from lorafusion_jax.cli.training import ConfigArgument, SetOption, read_config
+from lorafusion_jax.cli.view import print_table
+from lorafusion_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorafusion_jax.config import RunConfig
+    from lorafusion_jax.models import Base
+    from lorafusion_jax.train.jobs import TrainJob
+    from lorafusion_jax.train.schedule import Schedule
+
+# Per trained parameter, float32: itself, two moments, the gradient's accumulator.
+_BYTES_PER_PARAMETER = 16
+_SHOWN_TOKENS = 60
+
+
+class Prepared(NamedTuple):
+    """A run before its first step: base without weights, jobs with data, targets, plan."""
+
+    config: "RunConfig"
+    base: "Base"
+    jobs: "list[TrainJob]"
+    targets: dict[str, list[str]]
+    schedule: "Schedule"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(check)
+    app.command()(plan)
+
+
+def prepare(config: "RunConfig") -> Prepared:
+    """Resolves everything that can be known without weights.
+
+    Raises:
+        LoraFusionError: model, data or targets cannot be used.
+    """
+    from lorafusion_jax.cli.session import outline_base, tile_of
+    from lorafusion_jax.lora import target_paths
+    from lorafusion_jax.train.jobs import lora_spec, resolve_job
+    from lorafusion_jax.train.schedule import capacity_that_fills, make_schedule
+
+    base = outline_base(config.base.model, config.base.dtype)
+    jobs = [
+        resolve_job(job, job.data.path, base, config.batching, config.seed) for job in config.jobs
+    ]
+    targets = {job.name: target_paths(base.model, lora_spec(job.config)) for job in jobs}
+    tile, limit = tile_of(config.batching), config.batching.tokens_per_microbatch
+    plans = [job.plan for job in jobs]
+    sizes = config.batching.capacities or (capacity_that_fills(plans, limit, tile),)
+    schedule = make_schedule(plans, capacities=sizes, tile=tile)
+    return Prepared(config, base, jobs, targets, schedule)
+
+
+def check(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Validate configuration and data, and show what training would do; writes nothing."""
+    from lorafusion_jax.cli.progress import bytes_text
+    from lorafusion_jax.cli.training import size_of
+
+    run = read_config(config, overrides)
+    ready = prepare(run)
+    parameters = {job.name: _parameters(ready, job.name) for job in ready.jobs}
+    base_bytes = size_of(ready.base.model)
+    print(f"config   {config} is valid")
+    print(f"base     {ready.base.name}, {run.base.dtype} ({bytes_text(base_bytes)})")
+    headings = ("job", "samples", "held out", "steps", "tokens", "supervised", "cut", "left out")
+    headings += ("r", "modules", "parameters")
+    print_table(headings, [_job_row(ready, job, parameters[job.name]) for job in ready.jobs])
+    print(_packing_line(ready))
+    trained = bytes_text(_BYTES_PER_PARAMETER * sum(parameters.values()))
+    print(
+        f"memory   base {bytes_text(base_bytes)}, adapters with optimizer state {trained}, "
+        "and working memory that `train` prints once it has compiled"
+    )
+    job = ready.jobs[0]
+    print(f"sample   first of {job.name}; loss is on what is marked")
+    for learnt, text in shown_sample(job, ready.base.tokenizer):
+        print(f"  {'learnt' if learnt else 'given '}  {text!r}")
+
+
+def plan(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Show how samples are packed into microbatches, against training one job at a time."""
+    from lorafusion_jax.train.schedule import make_schedule, padding_share
+
+    ready = prepare(read_config(config, overrides))
+    together, tile = ready.schedule.plan, ready.schedule.plan.tile
+    print(_packing_line(ready))
+    rows = [_plan_row("together", together.microbatches, padding_share)]
+    sizes = tuple(sorted({m.capacity for m in together.microbatches}))
+    total = 0
+    for job in ready.jobs:
+        alone = make_schedule([job.plan], capacities=sizes, tile=tile).plan.microbatches
+        rows.append(_plan_row(f"{job.name}, alone", alone, padding_share))
+        total += sum(m.capacity for m in alone)
+    print_table(("", "microbatches", "rows", "tokens", "padding"), rows)
+    one_by_one = sum(_padded_rows(job) for job in ready.jobs)
+    used = sum(m.capacity for m in together.microbatches)
+    print(f"one job at a time, packed:               {total / used:.2f} x the rows")
+    print(f"one job at a time, padded to its longest: {one_by_one / used:.2f} x the rows")
+
+
+def shown_sample(job: "TrainJob", tokenizer) -> list[tuple[bool, str]]:
+    """Returns the first sample's text in stretches: (whether it is learnt, text)."""
+    tokens, supervised = job.samples[0]
+    parts: list[tuple[bool, list[int]]] = []
+    for token, learnt in zip(tokens[:_SHOWN_TOKENS], supervised, strict=False):
+        if not parts or parts[-1][0] != bool(learnt):
+            parts.append((bool(learnt), []))
+        parts[-1][1].append(int(token))
+    return [(learnt, tokenizer.decode(ids)) for learnt, ids in parts]
+
+
+def _parameters(ready: Prepared, name: str) -> int:
+    from lorafusion_jax.lora.bank import multi_linears
+
+    linears = multi_linears(ready.base.model)
+    r = next(job.config.lora.r for job in ready.jobs if job.name == name)
+    found = [linears[path] for path in ready.targets[name]]
+    return sum(r * (linear.in_features + linear.out_features) for linear in found)
+
+
+def _job_row(ready: Prepared, job: "TrainJob", parameters: int) -> tuple[str, ...]:
+    data = job.samples
+    held_out = len(job.eval_indices)
+    tokens = sum(s.length for batch in job.plan.batches for s in batch)
+    return (
+        job.name,
+        f"{len(data) - (held_out if job.eval_samples is data else 0):,}",
+        f"{held_out:,}",
+        f"{job.num_steps:,}",
+        f"{tokens:,}",
+        f"{data.supervised.mean():.0%}",
+        f"{data.truncated:,}",
+        f"{data.dropped:,}",
+        str(job.config.lora.r),
+        str(len(ready.targets[job.name])),
+        f"{parameters:,}",
+    )
+
+
+def _packing_line(ready: Prepared) -> str:
+    from lorafusion_jax.train.schedule import padding_share
+
+    microbatches = ready.schedule.plan.microbatches
+    if not microbatches:
+        raise ConfigError("there is nothing to train: no job has a global batch")
+    sizes = " and ".join(f"{size:,}" for size in sorted({m.capacity for m in microbatches}))
+    return (
+        f"packing  {len(microbatches):,} microbatches of {sizes} tokens in tiles of "
+        f"{ready.schedule.plan.tile}, {padding_share(microbatches):.1%} padding"
+    )
+
+
+def _plan_row(name: str, microbatches, padding_share) -> tuple[str, ...]:
+    rows = sum(m.capacity for m in microbatches)
+    tokens = sum(s.tokens() for m in microbatches for s in m.stretches)
+    count = f"{len(microbatches):,}"
+    return name, count, f"{rows:,}", f"{tokens:,}", f"{padding_share(microbatches):.1%}"
+
+
+def _padded_rows(job: "TrainJob") -> int:
+    """Rows of the usual way: each global batch padded to its own longest sample."""
+    return sum(len(batch) * max(s.length for s in batch) for batch in job.plan.batches)

@@ -1,0 +1,133 @@
+"""The train command."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorafusion_jax.cli.view import number, print_table
+from lorafusion_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorafusion_jax.config import RunConfig
+    from lorafusion_jax.train.results import Results
+
+ConfigArgument = Annotated[Path, typer.Argument(help="lorafusion.yaml, or TOML by its suffix.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override, such as jobs.sql.lora.r=32.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's command."""
+    app.command()(train)
+
+
+def train(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    jobs: Annotated[str | None, typer.Option(help="Train these only: a,b,c.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto goes on where the output folder stands, never starts over.")
+    ] = "auto",
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of every job.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live table.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Held-out rows to answer at the end.")] = 2,
+) -> None:
+    """Train all jobs together; the same command again resumes."""
+    run = read_config(config, overrides, jobs=jobs, max_steps=max_steps, output=output)
+    from lorafusion_jax.cli.answers import write_samples
+    from lorafusion_jax.cli.progress import TrainProgress, bytes_text
+    from lorafusion_jax.cli.session import device_line, start_jax
+    from lorafusion_jax.cli.status import draw
+    from lorafusion_jax.models import load_base
+    from lorafusion_jax.train.trainer import trainer_from_config
+
+    start_jax()
+    base = load_base(run.base.model, run.base.dtype)
+    print(f"base     {base.name}, {run.base.dtype} ({bytes_text(size_of(base.model))})")
+    print(f"device   {device_line()}", flush=True)
+    with TrainProgress(plain=plain) as progress:
+        results = trainer_from_config(run, base=base, listener=progress, source=config).fit(resume)
+    show_results(results)
+    draw(results.folder)
+    if samples:
+        for text in write_samples(results.folder, base, rows=samples):
+            print(f"\n{text}", end="")
+    print(f"\nadapters {results.folder.path}/jobs/*/adapter")
+    print(f"report   {results.folder.path}/summary.md, loss.png, utilisation.png")
+    print(f'try      lorafusion generate {results.folder.path} --base --prompt "..."')
+    print(f"serve    lorafusion export {results.folder.path} --verify")
+
+
+def read_config(
+    path: Path,
+    overrides: list[str] | None = None,
+    *,
+    jobs: str | None = None,
+    max_steps: int | None = None,
+    output: Path | None = None,
+) -> "RunConfig":
+    """Reads a configuration and applies the command line's shorthands.
+
+    Args:
+        path: the file.
+        overrides: dotted `key=value` texts.
+        jobs: comma-separated names of the jobs to keep; None for all.
+        max_steps: of every job, instead of what the file says.
+        output: output folder, relative to the current one.
+
+    Raises:
+        ConfigError: the file, an override or a job's name cannot be used.
+    """
+    from lorafusion_jax.config import load_config
+
+    overrides = list(overrides or [])
+    if output is not None:
+        overrides.append(f"output={output.resolve()}")
+    config = load_config(path, overrides)
+    if max_steps is not None:
+        overrides += [f"jobs.{job.name}.train.max_steps={max_steps}" for job in config.jobs]
+        config = load_config(path, overrides)
+    if jobs is None:
+        return config
+    wanted = [name.strip() for name in jobs.split(",")]
+    return config.model_copy(update={"jobs": tuple(_chosen(config, wanted))})
+
+
+def _chosen(config: "RunConfig", names: list[str]):
+    known = {job.name: job for job in config.jobs}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"no job {unknown[0]!r}; there are: {', '.join(known)}")
+    return [job for name, job in known.items() if name in names]
+
+
+def size_of(tree: object) -> int:
+    """Returns the bytes of all arrays of a tree or module."""
+    import jax
+    from flax import nnx
+
+    leaves = jax.tree.leaves(nnx.state(tree) if isinstance(tree, nnx.Module) else tree)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if hasattr(leaf, "dtype"))
+
+
+def show_results(results: "Results") -> None:
+    """Prints held-out loss and exact match of the base and of each adapter."""
+    headings = ("job", "steps", "loss, base", "adapter", "change", "exact, base", "adapter")
+    print()
+    print_table(headings, [_result_row(results, name) for name in results])
+
+
+def _result_row(results: "Results", name: str) -> tuple[str, ...]:
+    result = results[name]
+    before, after = result.base_eval_loss, result.best_eval_loss
+    change = f"{after / before - 1:+.0%}" if before and after is not None else "-"
+    evals = {
+        m["step"]: m["exact_match"] for m in result.history if m.get("exact_match") is not None
+    }
+    exact = number(evals.get(0), ".0%"), number(evals.get(result.best_step), ".0%")
+    steps = str(result.steps) + ("" if result.status == "done" else f" ({result.status})")
+    return name, steps, number(before), number(after), change, *exact
