@@ -7,10 +7,10 @@ of at most u * tile; a small max-plus recursion over jobs splits the tiles of th
 
 from bisect import insort
 from collections.abc import Sequence
-from itertools import compress
 
 _LONGEST, _SHORTEST = 40, 24  # samples of one batch considered at once
 _MAX_UNITS = 96  # budget units of a microbatch; finer tiles are grouped
+_IMPOSSIBLE = -(1 << 60)
 
 
 class Pool:
@@ -23,13 +23,13 @@ class Pool:
     def __init__(self, lengths: Sequence[int]):
         self.items = sorted(((n, -i) for i, n in enumerate(lengths)), reverse=True)
         self.tokens = sum(lengths)
-        self._tables: dict[tuple[int, int, bool], _Table] = {}
+        self._tables: dict[tuple[int, int, int, bool], _Table] = {}
 
-    def table(self, unit: int, capacity: int, forced: bool) -> "_Table":
+    def table(self, unit: int, units: int, slack: int, forced: bool) -> "_Table":
         """Returns the reachable sums; kept until the pool changes."""
-        key = unit, capacity, forced
+        key = unit, units, slack, forced
         if key not in self._tables:
-            self._tables[key] = _Table(self.items, unit, capacity, forced)
+            self._tables[key] = _Table(self.items, unit, units, slack, forced)
         return self._tables[key]
 
     def take(self, positions: Sequence[int]) -> list[int]:
@@ -59,13 +59,15 @@ class Pool:
 class _Table:
     """Reachable sums of one pool: for which budgets the best sum grows, and how to read it back."""
 
-    def __init__(self, items: list[tuple[int, int]], unit: int, capacity: int, forced: bool):
+    def __init__(
+        self, items: list[tuple[int, int]], unit: int, units: int, slack: int, forced: bool
+    ):
         count = len(items)
         self.positions = [*range(min(count, _LONGEST))]
         self.positions += range(max(len(self.positions), count - _SHORTEST), count)
         self.lengths = [items[p][0] for p in self.positions]
         self.forced = forced
-        mask = (1 << (capacity + 1)) - 1
+        mask = (1 << (units * unit + slack + 1)) - 1
         reach = 1
         self.prefix = [reach]
         for i, length in enumerate(self.lengths):
@@ -75,10 +77,10 @@ class _Table:
         # (budget units, best tokens), only where one more unit allows more tokens
         self.points: list[tuple[int, int]] = []
         best = 0
-        for units in range(1, capacity // unit + 1):
-            tokens = (reach & ((1 << (units * unit + 1)) - 1)).bit_length() - 1
+        for u in range(units + 1):
+            tokens = (reach & ((1 << (u * unit + slack + 1)) - 1)).bit_length() - 1
             if tokens > best:
-                self.points.append((units, tokens))
+                self.points.append((u, tokens))
                 best = tokens
 
     def subset(self, tokens: int) -> list[int]:
@@ -113,27 +115,29 @@ def fill(
     if not pools:
         return []
     unit = tile * -(-capacity // (tile * _MAX_UNITS))
-    units = capacity // unit
-    tables = [pool.table(unit, units * unit, force and i == 0) for i, pool in enumerate(pools)]
+    units, slack = divmod(capacity, unit)  # the first pool may use the slack beyond its units
+    tables = [
+        pool.table(unit, units, slack if i == 0 else 0, force and i == 0)
+        for i, pool in enumerate(pools)
+    ]
     weight = [1000 + round(1000 * focus * (1 - i / len(pools))) for i in range(len(pools))]
     points = [
         [(u, tokens * w) for u, tokens in table.points]
         for table, w in zip(tables, weight, strict=True)
     ]
-    if force:
-        start = points[0]
-        first = [-1] * (units + 1)
-        for u, value in start:
-            first[u:] = [value] * (units + 1 - u)
-        values = [[0] * (units + 1), first]
-    else:
-        values = [[0] * (units + 1)]
-    for table in points[len(values) - 1 :]:
+    values = [[0] * (units + 1)]
+    for i, steps in enumerate(points):
         old = values[-1]
-        new = old.copy()
-        for u, value in table:
-            shifted = [x + value if x >= 0 else -1 for x in old[: units + 1 - u]]
-            new[u:] = map(max, new[u:], shifted)
+        if i == 0:
+            new = [_IMPOSSIBLE if force else 0] * (units + 1)
+            for u, value in steps:
+                new[u:] = [value] * (units + 1 - u)
+        elif i + 1 < len(points):
+            new = old.copy()
+            for u, value in steps:
+                new[u:] = map(max, new[u:], [x + value for x in old[: units + 1 - u]])
+        else:  # of the last pool's row only the end is read
+            new = [*old[:-1], max([old[-1], *(old[units - u] + value for u, value in steps)])]
         values.append(new)
     return _read_back(pools, tables, points, values, units)
 
@@ -149,14 +153,10 @@ def _read_back(
     left = units
     for i in range(len(pools) - 1, -1, -1):
         want, old = values[i + 1][left], values[i]
-        forced = tables[i].forced
-        if want == old[left] and not forced:
+        if want == old[left] and not tables[i].forced:
             continue
-        fits = [u <= left and (forced or old[left - u] >= 0) for u, _ in points[i]]
-        for (u, value), (_, tokens) in zip(
-            compress(points[i], fits), compress(tables[i].points, fits), strict=True
-        ):
-            if value + (0 if forced else old[left - u]) == want:
+        for (u, value), (_, tokens) in zip(points[i], tables[i].points, strict=True):
+            if u <= left and value + old[left - u] == want:
                 taken[i] = pools[i].take(tables[i].subset(tokens))
                 left -= u
                 break
