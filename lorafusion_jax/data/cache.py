@@ -98,7 +98,8 @@ def _file_digest(path: str | Path) -> str:
 
 def _read(path: Path) -> Dataset | None:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here, because np.load leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             truncated, dropped = (int(count) for count in arrays["counts"])
             dataset = Dataset(
                 tokens=arrays["tokens"],

@@ -24,7 +24,7 @@ class Dataset:
 
     tokens: Int32[np.ndarray, " tokens"]
     supervised: Bool[np.ndarray, " tokens"]
-    offsets: Int64[np.ndarray, " samples+1"]
+    offsets: Int64[np.ndarray, " bounds"]
     lines: Int32[np.ndarray, " samples"]
     truncated: int = 0
     dropped: int = 0

@@ -1,6 +1,7 @@
 """A small byte-level BPE tokenizer with ChatML, made on the spot."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -13,6 +14,10 @@ CORPUS = [
     "user assistant system You are helpful. Hello there, how are you today?",
     "SELECT name FROM users WHERE id = 1 LIMIT 5; Answer: answer",
 ] * 4
+PLAIN_ROWS = [
+    {"prompt": "What is the capital of France?", "completion": " Paris."},
+    {"prompt": "Translate to French: Germany =", "completion": " Allemagne"},
+] * 20
 
 
 def tiny_tokenizer(template: str | None = CHATML, bos: bool = False) -> PreTrainedTokenizerFast:
@@ -28,8 +33,6 @@ def tiny_tokenizer(template: str | None = CHATML, bos: bool = False) -> PreTrain
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if bos:
-        from tokenizers.processors import TemplateProcessing
-
         tokenizer.post_processor = TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
         )
