@@ -92,6 +92,7 @@ def write_demo_config(
     directory: str | Path,
     device: Literal["cpu", "gpu"],
     *,
+    model: str | Path | None = None,
     data: str | Path = "data",
     output: str | Path = "runs/demo",
     tasks: Sequence[str] = DEMO_TASKS,
@@ -101,6 +102,7 @@ def write_demo_config(
     Args:
         directory: where to; relative paths in the file start here.
         device: what it is sized for.
+        model: base model; by default the one of `find_demo_model`.
         data: folder of the task files.
         output: folder of the run.
         tasks: one job each.
@@ -110,7 +112,9 @@ def write_demo_config(
     """
     path = Path(directory) / "lorafusion.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_demo_yaml(device, str(data), str(output), tasks), encoding="utf-8")
+    model = find_demo_model() if model is None else model
+    text = _demo_yaml(device, str(model), str(data), str(output), tasks)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -122,13 +126,13 @@ def _unambiguous(task: str) -> list[tuple[str, str]]:
     return [(prompt, found.pop()) for prompt, found in answers.items() if len(found) == 1]
 
 
-def _demo_yaml(device: str, data: str, output: str, tasks: Sequence[str]) -> str:
+def _demo_yaml(device: str, model: str, data: str, output: str, tasks: Sequence[str]) -> str:
     run = _RUN[device]
     text = f"""\
 # Four adapters of one model, trained together. Every job may have its own settings.
 version: 1
 base:
-  model: {_quoted(str(find_demo_model()))}
+  model: {_quoted(model)}
   dtype: {run["dtype"]}
 output: {_quoted(output)}
 seed: 0

@@ -10,6 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 from lorafusion_jax.errors import DataError
 
@@ -112,17 +113,17 @@ def sql_rows() -> Iterator[Row]:
     """Short queries rewritten from one SQL dialect to another by sqlglot."""
     sqlglot = _needed("sqlglot", "sqlglot")
 
-    def rewrite(query: str, read: str, write: str) -> str:
+    def written(tree: Any, dialect: str) -> str:
         try:
-            options = {"unsupported_level": sqlglot.ErrorLevel.RAISE}
-            return sqlglot.transpile(query, read=read, write=write, **options)[0]
-        except sqlglot.errors.SqlglotError:
+            return tree.sql(dialect=dialect, unsupported_level=sqlglot.ErrorLevel.RAISE)
+        except sqlglot.errors.UnsupportedError:
             return ""
 
     for query, source in itertools.product(_queries(), _DIALECTS):
-        given = rewrite(query, "postgres", source)
-        for target in _DIALECTS if given else ():
-            answer = rewrite(given, source, target)
+        given = written(sqlglot.parse_one(query, read="postgres"), source)
+        tree = sqlglot.parse_one(given, read=source) if given else None
+        for target in _DIALECTS if tree else ():
+            answer = written(tree, target)
             # sqlglot carries T-SQL's VARCHAR(MAX) into dialects that do not know MAX.
             right = answer not in ("", given) and ("(MAX)" not in answer or target == "tsql")
             if right and len(given) + len(answer) <= _MAX_SQL_CHARACTERS:

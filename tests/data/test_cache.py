@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from lorafusion_jax.data import cache, load_dataset, tokenizer_fingerprint
+from lorafusion_jax.data import cache, load_dataset, tokenize_dataset, tokenizer_fingerprint
 from lorafusion_jax.errors import DataError
 from tests.data.tiny_tokenizer import PLAIN_ROWS, tiny_tokenizer
 
@@ -16,23 +16,27 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+class Loader:
+    """Loads a file; `built` counts how often it was really tokenised."""
+
+    def __init__(self, folder, tokenizer):
+        self.file, self.folder, self.tokenizer = folder / "data.jsonl", folder / "cache", tokenizer
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in PLAIN_ROWS))
+        self.built = 0
+
+    def __call__(self, **options):
+        options = {"max_length": 64, "cache_dir": self.folder, **options}
+        return load_dataset(self.file, options.pop("tokenizer", self.tokenizer), **options)
+
+    def tokenize(self, *args, **options):
+        self.built += 1
+        return tokenize_dataset(*args, **options)
+
+
 @pytest.fixture
 def load(tmp_path, tokenizer, monkeypatch):
-    """Loads the file; `load.built` counts how often it was really tokenised."""
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in PLAIN_ROWS))
-    real = cache.tokenize_dataset
-
-    def counting(*args, **options):
-        load.built += 1
-        return real(*args, **options)
-
-    def load(tokenizer=tokenizer, **options):
-        folder = tmp_path / "cache"
-        return load_dataset(file, tokenizer, **{"max_length": 64, "cache_dir": folder, **options})
-
-    load.built, load.file, load.folder = 0, file, tmp_path / "cache"
-    monkeypatch.setattr(cache, "tokenize_dataset", counting)
+    load = Loader(tmp_path, tokenizer)
+    monkeypatch.setattr(cache, "tokenize_dataset", load.tokenize)
     return load
 
 

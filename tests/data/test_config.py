@@ -1,7 +1,5 @@
 """The run configuration: what a file means, what overrides change, what a resume accepts."""
 
-import os
-
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -56,7 +54,7 @@ def test_of_exclusive_settings_the_jobs_own_wins(path):
     sql, emoji = load_config(path).jobs
     assert (sql.train.epochs, sql.train.max_steps) == (None, 30)
     assert (sql.optim.warmup_ratio, sql.optim.warmup_steps) == (0.5, None)
-    assert (emoji.eval.split, os.path.basename(emoji.eval.path)) == (0, "held_out.jsonl")
+    assert (emoji.eval.split, emoji.eval.path) == (0, str(path.parent / "held_out.jsonl"))
     assert sql.eval.split == 48 and sql.eval.path is None
 
 

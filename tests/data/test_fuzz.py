@@ -43,19 +43,19 @@ def _damaged(content: bytes, choice: random.Random) -> bytes:
 @pytest.mark.parametrize(("good", "suffix"), [(GOOD.encode(), ".yaml")])
 def test_configurations(good, suffix, tmp_path):
     choice, file, refused = random.Random(1), tmp_path / f"run{suffix}", 0
-    for _ in range(1200):
+    for _ in range(500):
         file.write_bytes(_damaged(good, choice))
         try:
             load_config(file)
         except ConfigError as error:
             refused += 1
             assert str(file) in str(error) and len(str(error)) < 6000
-    assert refused > 600
+    assert refused > 250
 
 
 def test_data_files(tmp_path):
     choice, file, refused = random.Random(2), tmp_path / "data.jsonl", 0
-    for number in range(4000):
+    for number in range(1500):
         row = json.dumps(ROWS[number % len(ROWS)], ensure_ascii=number % 2 == 0).encode()
         file.write_bytes(_damaged(row + b"\n" + row + b"\n", choice))
         try:
@@ -66,4 +66,4 @@ def test_data_files(tmp_path):
         else:
             for record in records:
                 "".join([record.prompt, record.completion, *sum(record.messages, ())]).encode()
-    assert refused > 2000
+    assert refused > 700
