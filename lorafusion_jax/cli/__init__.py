@@ -76,5 +76,6 @@ def _code_of(error: Exception) -> int:
 
 
 def _explain(message: str, code: int) -> int:
-    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    # From 128 up, a signal stopped a healthy run.
+    print(f"error: {message}" if code < 128 else message, file=sys.stderr)
     return code

@@ -100,34 +100,28 @@ def side_by_side(
     ]
 
 
-def write_samples(folder: RunFolder, base: Base, *, rows: int) -> list[str]:
+def write_samples(folder: RunFolder, base: Base, *, rows: int) -> None:
     """Answers held-out prompts with the base and the job's adapter; writes each job's samples.md.
 
     Args:
         folder: a run with adapters.
         base: its base model.
-        rows: held-out rows per job.
-
-    Returns:
-        The text written for each job that has held-out prompts.
+        rows: held-out rows per job; jobs without a held-out prompt are left out.
     """
     jobs = [name for name in folder.jobs if folder.adapter(name).is_dir()]
     questions = [q for name in jobs for q in held_out(folder, base, name, rows)]
     if not questions:
-        return []
+        return
     bank = load_adapters(base, [folder.adapter(name) for name in jobs])
     prompts = [q.prompt for q in questions for _ in range(2)]
     slots = [slot for q in questions for slot in (BASE_SLOT, jobs.index(q.job))]
     texts = generate(base, bank, prompts, slots, max_new_tokens=_MAX_SAMPLE_TOKENS)
-    written = []
     for name in dict.fromkeys(q.job for q in questions):
         parts = [f"## {name}\n"]
         for i, question in enumerate(questions):
             if question.job == name:
                 parts.append(sample_text(question, texts[2 * i], texts[2 * i + 1]))
-        written.append("\n".join(parts))
-        write_text(folder.job(name) / "samples.md", written[-1])
-    return written
+        write_text(folder.job(name) / "samples.md", "\n".join(parts))
 
 
 def sample_text(question: Question, base: str, adapter: str) -> str:

@@ -160,8 +160,9 @@ def _logits(base: "Base", bank, tokens, slot: int):
 
     count = tokens.shape[0]
     segments = Segments(jnp.zeros(count, jnp.int32), jnp.asarray([0, count], jnp.int32))
+    # Any row key but 0, which marks padding.
     lora = lora_context(
-        bank, jnp.asarray([slot], jnp.int32), jnp.zeros(count, jnp.uint32), train=False
+        bank, jnp.asarray([slot], jnp.int32), jnp.ones(count, jnp.uint32), train=False
     )
     model = merge_adapters(*split_adapters(base.model), bank)
     return model.logits(model(tokens, jnp.arange(count, dtype=jnp.int32), segments, lora))

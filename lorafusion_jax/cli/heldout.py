@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorafusion_jax.cli.answers import load_adapters
-from lorafusion_jax.cli.session import tile_of
 from lorafusion_jax.lora.bank import split_adapters
 from lorafusion_jax.models import load_base
 from lorafusion_jax.train.evaluate import BASE, EvalResult, Evaluator
 from lorafusion_jax.train.jobs import resolve_job
+from lorafusion_jax.train.prepare import tile_rows
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import capacity_that_fills
 from lorafusion_jax.train.step import Model, Programs, loss_chunk
@@ -35,7 +35,7 @@ def evaluate_adapters(
     ]
     bank = load_adapters(base, [paths[job.name] for job in jobs])
     graphdef, frozen = split_adapters(base.model)
-    tile, limit = tile_of(config.batching), config.batching.tokens_per_microbatch
+    tile, limit = tile_rows(config.batching), config.batching.tokens_per_microbatch
     capacity = capacity_that_fills([job.eval_plan() for job in jobs], limit, tile)
     chunk = loss_chunk(base.config.vocab_size, capacity)
     programs = Programs(Model(graphdef, config.train.remat, chunk), frozen)

@@ -20,12 +20,11 @@ _SHOWN_TOKENS = 60
 
 
 class Prepared(NamedTuple):
-    """A run before its first step: base without weights, jobs with data, targets, plan."""
+    """A run before its first step: base without weights, jobs with data, plan."""
 
     config: "RunConfig"
     base: "Base"
     jobs: "list[TrainJob]"
-    targets: dict[str, list[str]]
     schedule: "Schedule"
 
 
@@ -41,21 +40,20 @@ def prepare(config: "RunConfig") -> Prepared:
     Raises:
         LoraFusionError: model, data or targets cannot be used.
     """
-    from lorafusion_jax.cli.session import outline_base, tile_of
-    from lorafusion_jax.lora import target_paths
-    from lorafusion_jax.train.jobs import lora_spec, resolve_job
+    from lorafusion_jax.cli.session import outline_base
+    from lorafusion_jax.train.jobs import resolve_job
+    from lorafusion_jax.train.prepare import tile_rows
     from lorafusion_jax.train.schedule import capacity_that_fills, make_schedule
 
     base = outline_base(config.base.model, config.base.dtype)
     jobs = [
         resolve_job(job, job.data.path, base, config.batching, config.seed) for job in config.jobs
     ]
-    targets = {job.name: target_paths(base.model, lora_spec(job.config)) for job in jobs}
-    tile, limit = tile_of(config.batching), config.batching.tokens_per_microbatch
+    tile, limit = tile_rows(config.batching), config.batching.tokens_per_microbatch
     plans = [job.plan for job in jobs]
     sizes = config.batching.capacities or (capacity_that_fills(plans, limit, tile),)
     schedule = make_schedule(plans, capacities=sizes, tile=tile)
-    return Prepared(config, base, jobs, targets, schedule)
+    return Prepared(config, base, jobs, schedule)
 
 
 def check(config: ConfigArgument, overrides: SetOption = None) -> None:
@@ -65,13 +63,13 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
 
     run = read_config(config, overrides)
     ready = prepare(run)
-    parameters = {job.name: _parameters(ready, job.name) for job in ready.jobs}
+    parameters = {job.name: _parameters(ready.base, job) for job in ready.jobs}
     base_bytes = size_of(ready.base.model)
     print(f"config   {config} is valid")
     print(f"base     {ready.base.name}, {run.base.dtype} ({bytes_text(base_bytes)})")
     headings = ("job", "samples", "held out", "steps", "tokens", "supervised", "cut", "left out")
     headings += ("r", "modules", "parameters")
-    print_table(headings, [_job_row(ready, job, parameters[job.name]) for job in ready.jobs])
+    print_table(headings, [_job_row(job, parameters[job.name]) for job in ready.jobs])
     print(_packing_line(ready))
     trained = bytes_text(_BYTES_PER_PARAMETER * sum(parameters.values()))
     print(
@@ -116,31 +114,24 @@ def shown_sample(job: "TrainJob", tokenizer) -> list[tuple[bool, str]]:
     return [(learnt, tokenizer.decode(ids)) for learnt, ids in parts]
 
 
-def _parameters(ready: Prepared, name: str) -> int:
+def _parameters(base: "Base", job: "TrainJob") -> int:
     from lorafusion_jax.lora.bank import multi_linears
 
-    linears = multi_linears(ready.base.model)
-    r = next(job.config.lora.r for job in ready.jobs if job.name == name)
-    found = [linears[path] for path in ready.targets[name]]
-    return sum(r * (linear.in_features + linear.out_features) for linear in found)
+    linears = multi_linears(base.model)
+    found = [linears[path] for path in job.targets]
+    return job.config.lora.r * sum(linear.in_features + linear.out_features for linear in found)
 
 
-def _job_row(ready: Prepared, job: "TrainJob", parameters: int) -> tuple[str, ...]:
+def _job_row(job: "TrainJob", parameters: int) -> tuple[str, ...]:
     data = job.samples
-    held_out = len(job.eval_indices)
     tokens = sum(s.length for batch in job.plan.batches for s in batch)
+    counts = (job.num_train, len(job.eval_indices), job.num_steps, tokens)
+    adapter = (job.config.lora.r, len(job.targets), parameters)
     return (
         job.name,
-        f"{len(data) - (held_out if job.eval_samples is data else 0):,}",
-        f"{held_out:,}",
-        f"{job.num_steps:,}",
-        f"{tokens:,}",
+        *(f"{count:,}" for count in counts),
         f"{data.supervised.mean():.0%}",
-        f"{data.truncated:,}",
-        f"{data.dropped:,}",
-        str(job.config.lora.r),
-        str(len(ready.targets[job.name])),
-        f"{parameters:,}",
+        *(f"{count:,}" for count in (data.truncated, data.dropped, *adapter)),
     )
 
 

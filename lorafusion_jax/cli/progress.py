@@ -27,12 +27,14 @@ class TrainProgress:
         base: evaluation of the base model, by job.
         best: best evaluation of each adapter, by job.
         ended: how each finished job ended.
+        resumed_at_end: the output folder holds the finished run already.
     """
 
     def __init__(self, *, plain: bool = False, clock: Callable[[], float] = time.monotonic):
         self.base: dict[str, events.Evaluated] = {}
         self.best: dict[str, events.Evaluated] = {}
         self.ended: dict[str, events.JobEnded] = {}
+        self.resumed_at_end = False
         self._lines: dict[str, JobLine] = {}
         self._screen = Screen([], plain=plain, clock=clock)
         self._clock = clock
@@ -88,6 +90,7 @@ class TrainProgress:
         return self._lines[job]
 
     def _planned(self, event: events.RunPlanned) -> None:
+        self.resumed_at_end = event.start == event.microbatches
         for line in planned_text(event):
             self._screen.message(line)
         for job in event.jobs:
@@ -137,13 +140,12 @@ def planned_text(event: events.RunPlanned) -> list[str]:
     """Says in a few lines what will run: jobs, packing, memory."""
     parameters = sum(job.parameters for job in event.jobs)
     tokens = sum(job.tokens for job in event.jobs)
-    left = event.microbatches - event.start
     sizes = " and ".join(f"{size:,}" for size in event.capacities)
+    left = f", {event.microbatches - event.start} of them to do" if event.start else ""
     return [
-        f"jobs     {len(event.jobs)}, {parameters / 1e6:.1f} M adapter parameters, "
-        f"{tokens:,} tokens",
-        f"packing  {left} microbatches of {sizes} tokens, {event.padding:.1%} padding "
-        f"(packed one job at a time: {event.padding_alone:.1%})",
+        f"jobs     {len(event.jobs)}, {parameters:,} adapter parameters, {tokens:,} tokens",
+        f"packing  {event.microbatches} microbatches of {sizes} tokens{left}, "
+        f"{event.padding:.1%} padding (packed one job at a time: {event.padding_alone:.1%})",
         f"memory   base {bytes_text(event.base_bytes)}, adapters with optimizer state "
         f"{bytes_text(event.adapter_bytes)}",
     ]

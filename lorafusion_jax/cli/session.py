@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorafusion_jax.config import BatchingConfig
     from lorafusion_jax.models import Base
     from lorafusion_jax.models.hf_weights import Dtype
 
@@ -39,13 +38,6 @@ def on_gpu() -> bool:
     import jax
 
     return jax.default_backend() == "gpu"
-
-
-def tile_of(batching: "BatchingConfig") -> int:
-    """Returns the tile that training uses here: what is configured, or the device's own."""
-    if batching.tile != "auto":
-        return batching.tile
-    return 128 if on_gpu() else 16
 
 
 def outline_base(path: str, dtype: "Dtype") -> "Base":

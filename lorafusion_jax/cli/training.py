@@ -54,9 +54,12 @@ def train(
         results = trainer_from_config(run, base=base, listener=progress, source=config).fit(resume)
     show_results(results)
     draw(results.folder)
-    if samples:
-        for text in write_samples(results.folder, base, rows=samples):
-            print(f"\n{text}", end="")
+    answered = {name: results.folder.job(name) / "samples.md" for name in results}
+    if samples and not (progress.resumed_at_end and any(p.exists() for p in answered.values())):
+        write_samples(results.folder, base, rows=samples)
+    for path in answered.values():
+        if samples and path.exists():
+            print("\n" + path.read_text(encoding="utf-8"), end="")
     print(f"\nadapters {results.folder.path}/jobs/*/adapter")
     print(f"report   {results.folder.path}/summary.md, loss.png, utilisation.png")
     print(f'try      lorafusion generate {results.folder.path} --base --prompt "..."')

@@ -149,10 +149,16 @@ def write_project(folder: Path, model: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def make_project(tiny_model):
+    """Writes a project of three tiny jobs into a folder; returns its configuration."""
+    return lambda folder: write_project(folder, tiny_model)
+
+
 @pytest.fixture
-def project(tmp_path, tiny_model) -> Path:
+def project(tmp_path, make_project) -> Path:
     """Returns the configuration of a fresh project of three tiny jobs."""
-    return write_project(tmp_path, tiny_model)
+    return make_project(tmp_path)
 
 
 @pytest.fixture

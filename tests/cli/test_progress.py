@@ -57,7 +57,7 @@ def progress(clock):
 def test_plan_is_shown_before_the_first_step(progress, capsys):
     progress(planned())
     out = capsys.readouterr().out
-    assert "2.0 M adapter parameters, 1,000 tokens" in out
+    assert "2,000,000 adapter parameters, 1,000 tokens" in out
     assert "20 microbatches of 256 and 512 tokens, 3.4% padding" in out
     assert "one job at a time: 39.0%" in out
     assert "base 3.0 GiB" in out and "5.0 MiB" in out

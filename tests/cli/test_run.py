@@ -1,0 +1,195 @@
+"""From the configuration to served adapters, by the commands a user types."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorafusion_jax import cli
+from lorafusion_jax.cli import answers, export
+from lorafusion_jax.errors import AdapterError
+from lorafusion_jax.models import load_base
+from lorafusion_jax.train.run_folder import open_run
+
+JOBS = ("numbers", "chat", "plain")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_project):
+    """Returns (configuration, run folder) of three adapters trained by the command."""
+    config = make_project(tmp_path_factory.mktemp("project"))
+    assert cli.main(["train", str(config), "--plain", "--samples", "1"]) == 0
+    return config, config.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def base(trained):
+    return load_base(open_run(trained[1]).config.base.model)
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_output_has_the_documented_layout(trained):
+    _, run = trained
+    expected = {
+        *("config.yaml", "config.resolved.yaml", "environment.json", "plan.json", "train.log"),
+        *("events.jsonl", "summary.md", "loss.png", "utilisation.png"),
+        *(f"jobs/{job}/{name}" for job in JOBS for name in ("metrics.jsonl", "loss.png")),
+        *(f"jobs/{job}/adapter/adapter_model.safetensors" for job in JOBS),
+        *("jobs/numbers/samples.md", "jobs/chat/samples.md"),  # plain text asks for nothing
+    }
+    assert expected <= set(file_bytes(run))
+
+
+def test_held_out_loss_falls(trained):
+    _, run = trained
+    for name in JOBS:
+        lines = open_run(run).metrics(name)
+        losses = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+        assert min(losses[1:]) < losses[0]
+
+
+def test_samples_show_prompt_expected_and_both_answers(trained):
+    text = (trained[1] / "jobs/numbers/samples.md").read_text()
+    assert "German for" in text
+    assert all(f"- {who}:" in text for who in ("expected", "base", "adapter"))
+
+
+def test_same_command_again_changes_nothing_learnt(trained, lorafusion):
+    config, run = trained
+    before = {job: file_bytes(run / "jobs" / job / "adapter") for job in JOBS}
+    metrics = {job: open_run(run).metrics(job) for job in JOBS}
+    code, out, err = lorafusion("train", config, "--plain")
+    assert code == 0, err
+    assert ", 0 of them to do" in out and "compiling" not in out
+    assert {job: file_bytes(run / "jobs" / job / "adapter") for job in JOBS} == before
+    assert {job: open_run(run).metrics(job) for job in JOBS} == metrics
+
+
+def test_changed_configuration_is_refused_with_the_difference(trained, lorafusion):
+    config, run = trained
+    before = file_bytes(run)
+    code, _, err = lorafusion("train", config, "--set", "jobs.numbers.optim.lr=0.5")
+    assert code == 2 and "jobs.numbers.optim.lr" in err and "0.5" in err
+    assert file_bytes(run) == before
+
+
+def test_unknown_job_is_refused(trained, lorafusion):
+    config, run = trained
+    for words in (["train", config, "--jobs", "nosuch"], ["export", run, "--job", "nosuch"]):
+        code, _, err = lorafusion(*words)
+        assert code == 2 and "no job 'nosuch'" in err and "numbers" in err
+
+
+def test_shorthands_change_the_configuration(trained, tmp_path):
+    from lorafusion_jax.cli.training import read_config
+
+    config = read_config(trained[0], jobs="plain,chat", max_steps=7, output=tmp_path / "other")
+    assert [job.name for job in config.jobs] == ["chat", "plain"]
+    assert {job.train.max_steps for job in config.jobs} == {7}
+    assert config.output == str(tmp_path / "other")
+
+
+def test_status_and_plot_read_the_run(trained, lorafusion):
+    run = trained[1]
+    code, out, _ = lorafusion("status", run)
+    assert code == 0 and "ended after" in out
+    assert next(line for line in out.splitlines() if line.startswith("chat")).split()[1] == "3/3"
+    (run / "utilisation.png").unlink()
+    assert lorafusion("plot", run)[0] == 0
+    assert (run / "utilisation.png").exists()
+
+
+def test_eval_repeats_what_training_measured(trained, lorafusion):
+    run = trained[1]
+    code, out, _ = lorafusion("eval", run, "--job", "numbers", "--checkpoint", "last")
+    assert code == 0
+    shown = [line.split() for line in out.splitlines() if line.startswith("numbers")]
+    lines = open_run(run).metrics("numbers")
+    losses = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+    assert [row[3] for row in shown] == [f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
+
+
+def test_generate_answers_side_by_side(trained, lorafusion):
+    words = ["--base", "--job", "numbers", "--prompt", "German for one =", "--prompt", "two"]
+    code, out, err = lorafusion("generate", trained[1], *words, "--max-new-tokens", "4")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines() if line.split()] == [
+        *(">", "base", "numbers"),
+        *(">", "base", "numbers"),
+    ]
+
+
+def test_export_copies_verifies_and_says_how_to_serve(trained, lorafusion, tmp_path):
+    run = trained[1]
+    code, out, err = lorafusion("export", run, "--out", tmp_path / "served", "--verify")
+    assert code == 0, err
+    for job in JOBS:
+        copied, own = tmp_path / "served" / job, run / "jobs" / job / "adapter"
+        assert file_bytes(copied) == file_bytes(own)
+    assert "--max-loras 3 --max-lora-rank 8 " in out  # ranks 4 and 2
+    assert f"numbers={tmp_path}/served/numbers" in out and "sglang" in out
+
+
+def test_bfloat16_export_needs_a_folder_and_halves_the_file(trained, lorafusion, tmp_path):
+    run = trained[1]
+    words = ["export", run, "--job", "plain", "--dtype", "bfloat16"]
+    assert lorafusion(*words)[0] == 2
+    assert lorafusion(*words, "--out", tmp_path)[0] == 0
+    name = "adapter_model.safetensors"
+    whole, half = run / "jobs/plain/adapter" / name, tmp_path / "plain" / name
+    assert half.stat().st_size < 0.7 * whole.stat().st_size
+
+
+def test_verification_catches_an_adapter_that_computes_something_else(trained, base, monkeypatch):
+    """Negative control: a scale that is off by one percent in one of the two ways."""
+    from lorafusion_jax.lora import bank
+    from lorafusion_jax.lora.peft_io import load_peft
+
+    loaded = load_peft(trained[1] / "jobs/numbers/adapter")
+    difference, moved = export.compare_with_merge(base, loaded)
+    assert difference < 1e-5 < moved
+    put_slot = bank.put_slot
+
+    def off(*args):
+        made = put_slot(*args)
+        return made._replace(scale=made.scale * 1.01)
+
+    monkeypatch.setattr(bank, "put_slot", off)
+    assert export.compare_with_merge(base, loaded)[0] > 1e-4
+
+
+def test_damaged_adapter_is_refused(trained, lorafusion, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    path = run / "jobs/chat/adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    code, _, err = lorafusion("export", run, "--verify")
+    assert code == 2 and "use_dora" in err
+
+
+def test_held_out_rows_are_those_training_left_out(trained, base):
+    folder = open_run(trained[1])
+    questions = answers.held_out(folder, base, "chat", rows=5)
+    assert len(questions) == 2  # split: 2
+    assert all(q.prompt.endswith("assistant\n") and q.expected for q in questions)
+    assert answers.held_out(folder, base, "plain", rows=5) == []
+
+
+@pytest.mark.parametrize("rank, served", [(1, 1), (4, 8), (16, 16), (17, 32), (200, 256)])
+def test_serving_rank_is_one_that_vllm_takes(rank, served):
+    lines = export.serve_commands("model", {"a": Path("x y")}, rank)
+    assert f"--max-lora-rank {served} " in lines[0] and "'a=x y'" in lines[0]
+
+
+def test_rank_beyond_the_servers_is_refused():
+    with pytest.raises(AdapterError, match="513"):
+        export.serve_commands("model", {"a": Path("x")}, 513)
+
+
+def test_gguf_base_is_served_from_its_original():
+    lines = export.serve_commands("m.gguf", {"a": Path("x")}, 8)
+    assert lines[0].startswith("#") and "vllm serve BASE " in lines[1]
