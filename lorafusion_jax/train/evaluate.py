@@ -1,15 +1,15 @@
 """Held-out loss and exact match of adapters, or of the base model, over packed samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from lorafusion_jax.lora.bank import AdapterBank
-from lorafusion_jax.train.batch import JobRows, RowOwner, pack, segment_bucket
+from lorafusion_jax.train.batch import JobRows, PackedBatch, RowOwner, pack, segment_bucket
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loss import TokenLosses
-from lorafusion_jax.train.step import Programs
+from lorafusion_jax.train.programs import Programs
 from lorafusion_sched import Problem, plan
 
 BASE = -1
@@ -46,7 +46,7 @@ class Evaluator:
     """
 
     def __init__(self, programs: Programs, jobs: Sequence[TrainJob], capacity: int, tile: int):
-        self._programs, self._tile = programs, tile
+        self._programs, self._jobs, self._tile = programs, jobs, tile
         self._plans = {
             job.name: plan(Problem(jobs=(job.eval_plan(),), capacities=(capacity,), tile=tile))
             for job in jobs
@@ -65,19 +65,24 @@ class Evaluator:
         """
         if job.name not in self._plans:
             return None
-        rows = {job.name: JobRows(slot, job.seed, job.eval_samples)}
         found: list[_Sample] = []
-        for microbatch in self._plans[job.name].microbatches:
-            batch, owners = pack(
-                microbatch,
-                rows,
-                tile=self._tile,
-                num_slots=bank.rank.shape[0],
-                max_segments=self._segments,
-            )
+        for batch, owners in self._batches(job, slot, bank.rank.shape[0]):
             losses = self._programs.evaluate(bank, batch)
             found += _samples(losses, np.asarray(batch.loss_weight) != 0, owners)
         return _summary(found)
+
+    def example(self, num_slots: int) -> PackedBatch | None:
+        """Returns a batch of the shapes that will be evaluated, or None if there is none."""
+        job = next((job for job in self._jobs if job.name in self._plans), None)
+        return None if job is None else next(self._batches(job, BASE, num_slots))[0]
+
+    def _batches(
+        self, job: TrainJob, slot: int, num_slots: int
+    ) -> Iterator[tuple[PackedBatch, list[RowOwner]]]:
+        rows = {job.name: JobRows(slot, job.seed, job.eval_samples)}
+        sizes = {"tile": self._tile, "num_slots": num_slots, "max_segments": self._segments}
+        for microbatch in self._plans[job.name].microbatches:
+            yield pack(microbatch, rows, **sizes)
 
 
 class _Sample(NamedTuple):

@@ -65,8 +65,8 @@ class Compiling:
     """A program is being compiled; `seconds` and `temp_bytes` are None until it is done.
 
     Attributes:
-        program: "train" or "eval".
-        capacity: tokens of the bucket.
+        program: "train", "eval" or "update".
+        capacity: tokens of the bucket; 0 for "update", which serves all.
         seconds: it took.
         temp_bytes: memory it needs beside its arguments.
     """

@@ -14,7 +14,7 @@ from lorafusion_jax.lora.bank import read_slot, write_slot
 from lorafusion_jax.lora.peft_io import save_peft
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train import optimizer
-from lorafusion_jax.train.batch import JobRows, pack, segment_bucket
+from lorafusion_jax.train.batch import JobRows, PackedBatch, pack, segment_bucket
 from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import (
@@ -27,10 +27,11 @@ from lorafusion_jax.train.events import (
     StepDone,
 )
 from lorafusion_jax.train.jobs import TrainJob, hyper_parameters, lora_spec
+from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule
-from lorafusion_jax.train.step import Programs, StepReport, TrainState
+from lorafusion_jax.train.step import StepReport, TrainState
 from lorafusion_sched import Microbatch, Stretch
 
 IN_FLIGHT = 2
@@ -77,7 +78,7 @@ class Run:
         self._by_name = {job.name: job for job in self.jobs}
         self._num_slots = self.state.bank.rank.shape[0]
         self._segments = segment_bucket(self.schedule.plan.microbatches)
-        self._in_flight: deque[tuple[int, StepReport]] = deque()
+        self._in_flight: deque[tuple[int, jax.Array, StepReport | None]] = deque()
         self._failure: NonFiniteError | None = None
         self._tokens_at = _tokens_at_ends(self.schedule.plan.microbatches)
         for job in self.jobs:
@@ -93,6 +94,12 @@ class Run:
     def finished(self) -> bool:
         """All microbatches are done."""
         return self.cursor == len(self.schedule.plan.microbatches)
+
+    def compile_ahead(self) -> None:
+        """Starts to compile the programs in the background."""
+        if not self.finished:
+            example = self.evaluator.example(self._num_slots)
+            self.programs.announce(self.state, self._hyper, self._pack(self.cursor), example)
 
     def evaluate_base(self) -> None:
         """Evaluates the base model on the held-out samples of every job that has not started."""
@@ -112,15 +119,7 @@ class Run:
             if self.schedule.first[job.name] == index:
                 self._start(job)
         if any(stretch.job in self._rows for stretch in microbatch.stretches):
-            batch, _ = pack(
-                microbatch,
-                self._rows,
-                tile=self.tile,
-                num_slots=self._num_slots,
-                max_segments=self._segments,
-            )
-            self.state, report = self.programs.train(self.state, self._hyper, batch)
-            self._in_flight.append((index, report))
+            self._train(index)
             self._settle(IN_FLIGHT)
         self.tokens += sum(stretch.tokens() for stretch in microbatch.stretches)
         self._after(index)
@@ -138,6 +137,25 @@ class Run:
         seconds = self.checkpoints.save(self.cursor, self.state, progress)
         path = str(self.folder.checkpoints / str(self.cursor))
         self.listener(CheckpointSaved(self.cursor, seconds, path))
+
+    def _train(self, index: int) -> None:
+        """Dispatches one microbatch, and the update of the slots whose global batch it ends."""
+        batch = self._pack(index)
+        self.state, loss = self.programs.train(self.state, batch)
+        report = None
+        if np.any(batch.batch_end):
+            self.state, report = self.programs.update(self.state, self._hyper, batch.batch_end)
+        self._in_flight.append((index, loss, report))
+
+    def _pack(self, index: int) -> PackedBatch:
+        batch, _ = pack(
+            self.schedule.plan.microbatches[index],
+            self._rows,
+            tile=self.tile,
+            num_slots=self._num_slots,
+            max_segments=self._segments,
+        )
+        return batch
 
     def _start(self, job: TrainJob) -> None:
         """Gives a job its slot: a fresh adapter and zero moments, whatever lay there."""
@@ -235,13 +253,14 @@ class Run:
     def _settle(self, limit: int) -> None:
         """Waits until at most `limit` microbatches are under way, and reports the others."""
         while len(self._in_flight) > limit:
-            index, report = self._in_flight.popleft()
-            self._report(index, jax.device_get(report))
+            index, loss, report = self._in_flight.popleft()
+            loss.block_until_ready()
+            self._report(index, None if report is None else jax.device_get(report))
 
-    def _report(self, index: int, report: StepReport) -> None:
+    def _report(self, index: int, report: StepReport | None) -> None:
         microbatch = self.schedule.plan.microbatches[index]
         for stretch in microbatch.stretches:
-            if stretch.ends and stretch.job in self._rows:
+            if stretch.ends and stretch.job in self._rows and report is not None:
                 self._report_step(index, stretch, report)
         tokens = sum(stretch.tokens() for stretch in microbatch.stretches)
         total = len(self.schedule.plan.microbatches)

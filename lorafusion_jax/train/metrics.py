@@ -141,9 +141,9 @@ def describe(event: Event) -> str:
                 f"padding {event.padding:.1%} (alone {event.padding_alone:.1%})"
             )
         case Compiling(seconds=None):
-            return f"compiling {event.program} step for {event.capacity} tokens ..."
+            return f"compiling {event.program} step{_bucket(event)} ..."
         case Compiling():
-            return f"compiled {event.program} step in {event.seconds:.1f} s"
+            return f"compiled {event.program} step{_bucket(event)} in {event.seconds:.1f} s"
         case MicrobatchDone():
             return f"microbatch {event.index + 1}/{event.total}"
         case StepDone():
@@ -161,6 +161,10 @@ def describe(event: Event) -> str:
             return event.message
         case RunEnded():
             return f"{event.tokens} tokens in {event.seconds:.1f} s"
+
+
+def _bucket(event: Compiling) -> str:
+    return f" for {event.capacity} tokens" if event.capacity else ""
 
 
 def write_summary(

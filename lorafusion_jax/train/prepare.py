@@ -9,14 +9,15 @@ from lorafusion_jax.config import BatchingConfig, RunConfig
 from lorafusion_jax.lora.bank import attach_adapters, multi_linears, split_adapters
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train.evaluate import Evaluator
-from lorafusion_jax.train.events import Compiling, JobSummary, Listener, Notice, RunPlanned
+from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.resume import Saved, restore_state, run_facts
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule, make_schedule, padding_share
-from lorafusion_jax.train.step import Model, Programs, TrainState, init_state, loss_chunk
+from lorafusion_jax.train.step import Model, TrainState, init_state, loss_chunk
 from lorafusion_sched import padded, to_json
 
 GPU_TILE, CPU_TILE = 128, 16
@@ -63,7 +64,7 @@ def prepare_run(
         listener(Notice(notice))
     capacity = max(m.capacity for m in schedule.plan.microbatches)
     model = Model(graphdef, config.train.remat, loss_chunk(base.config.vocab_size, capacity))
-    programs = Programs(model, frozen, lambda *event: listener(Compiling(*event)))
+    programs = Programs(model, frozen, listener)
     return Run(
         base=base,
         jobs=jobs,

@@ -1,13 +1,11 @@
-"""The jitted programs: one training step per bucket, one evaluation per bucket.
+"""The jitted programs: gradients of a microbatch, updates where global batches end, evaluation.
 
-A training step runs forward and backward of one microbatch, adds its gradients to each slot's
-accumulator and, where a slot's global batch ends, updates that slot inside the same program. The
-frozen weights come in as arguments: closed over, they would be baked into every program.
+A microbatch adds its gradients to each slot's accumulator. The planner knows which global batches
+end with it, so the host runs the update only then, as a program of its own: inside a conditional it
+would be compiled again for every bucket. The frozen weights come in as arguments: closed over, they
+would be baked into every program.
 """
 
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -49,25 +47,21 @@ class TrainState(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What a step did, per slot; everything but `ended` is meaningful only where it is true.
+    """What an update did, per slot; meaningful where the slot's global batch ended.
 
     Attributes:
-        ended: the slot's global batch ended with this microbatch.
-        applied: its update was applied; False for a rejected or frozen one.
+        applied: the update was applied; False for a rejected or frozen one.
         loss: mean loss over the supervised tokens of the global batch.
         tokens: supervised tokens of the global batch.
         grad_norm: norm of its gradient before clipping.
         lr: learning rate of the update.
-        frozen: the slot is frozen by its non-finite policy.
     """
 
-    ended: Bool[Array, " slots"]
     applied: Bool[Array, " slots"]
     loss: Float[Array, " slots"]
     tokens: Int[Array, " slots"]
     grad_norm: Float[Array, " slots"]
     lr: Float[Array, " slots"]
-    frozen: Bool[Array, " slots"]
 
 
 class Model(NamedTuple):
@@ -109,7 +103,13 @@ def adapters_of(bank: AdapterBank) -> Adapters:
 
 
 def _token_losses(
-    model: Model, adapters: Adapters, bank: AdapterBank, frozen: PyTree, batch: PackedBatch, train
+    model: Model,
+    adapters: Adapters,
+    bank: AdapterBank,
+    frozen: PyTree,
+    batch: PackedBatch,
+    *,
+    train: bool,
 ) -> TokenLosses:
     bank = bank._replace(a=adapters["a"], b=adapters["b"])
     decoder = merge_adapters(model.graphdef, frozen, bank)
@@ -123,46 +123,46 @@ def _token_losses(
 
 
 def train_step(
-    model: Model, state: TrainState, hyper: Hyper, frozen: PyTree, batch: PackedBatch
-) -> tuple[TrainState, StepReport]:
-    """Trains on one microbatch.
+    model: Model, state: TrainState, frozen: PyTree, batch: PackedBatch
+) -> tuple[TrainState, Float[Array, ""]]:
+    """Adds the gradients of one microbatch to the accumulators.
 
     Args:
         model: static; jit over the rest.
         state: donated.
-        hyper: hyper-parameters of every slot.
         frozen: weights of the base model.
         batch: one bucket's static shapes.
 
     Returns:
-        The new state, and what happened to each slot.
+        The new state, and the microbatch's weighted loss: something small to wait for.
     """
     num_slots = batch.batch_end.shape[0]
 
     def total(adapters):
-        losses = _token_losses(model, adapters, state.bank, frozen, batch, True).weighted
+        losses = _token_losses(model, adapters, state.bank, frozen, batch, train=True).weighted
         # A sum over rows: each adapter's gradient sees its own rows only.
         return losses.sum(), losses
 
-    grads, losses = jax.grad(total, has_aux=True)(adapters_of(state.bank))
-    grads = jax.tree.map(lambda acc, g: acc + g.astype(acc.dtype), state.grads, grads)
-    loss = state.loss + sum_by_slot(losses, batch.tile_adapter, num_slots)
+    (loss, losses), grads = jax.value_and_grad(total, has_aux=True)(adapters_of(state.bank))
     supervised = (batch.loss_weight != 0).astype(jnp.int32)
-    tokens = state.tokens + sum_by_slot(supervised, batch.tile_adapter, num_slots)
-    state = state._replace(grads=grads, loss=loss, tokens=tokens)
-    return jax.lax.cond(
-        batch.batch_end.any(), _end_batches, _continue_batches, state, hyper, batch.batch_end
+    state = state._replace(
+        grads=jax.tree.map(lambda sum, g: sum + g.astype(sum.dtype), state.grads, grads),
+        loss=state.loss + sum_by_slot(losses, batch.tile_adapter, num_slots),
+        tokens=state.tokens + sum_by_slot(supervised, batch.tile_adapter, num_slots),
     )
+    return state, loss
 
 
-def _continue_batches(state: TrainState, hyper: Hyper, ended: Array):
-    zeros = jnp.zeros_like(state.loss)
-    no = jnp.zeros_like(ended)
-    return state, StepReport(no, no, state.loss, state.tokens, zeros, zeros, state.opt.frozen)
+def update_step(
+    state: TrainState, hyper: Hyper, ended: Bool[Array, " slots"]
+) -> tuple[TrainState, StepReport]:
+    """Updates the slots whose global batch ended, and empties their accumulators.
 
-
-def _end_batches(state: TrainState, hyper: Hyper, ended: Array):
-    """Updates the slots whose global batch ended and empties their accumulators."""
+    Args:
+        state: donated.
+        hyper: hyper-parameters of every slot.
+        ended: slots whose global batch is complete.
+    """
     bank = state.bank
     a, b = mask_gradients(bank, state.grads["a"], state.grads["b"])
     params, opt, info = optimizer.gated_update(
@@ -172,9 +172,7 @@ def _end_batches(state: TrainState, hyper: Hyper, ended: Array):
     def emptied(x):
         return jnp.where(ended.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
 
-    report = StepReport(
-        ended, info.applied, state.loss, state.tokens, info.grad_norm, info.lr, opt.frozen
-    )
+    report = StepReport(info.applied, state.loss, state.tokens, info.grad_norm, info.lr)
     state = TrainState(
         bank=bank._replace(a=params["a"], b=params["b"]),
         opt=opt,
@@ -187,60 +185,4 @@ def _end_batches(state: TrainState, hyper: Hyper, ended: Array):
 
 def eval_step(model: Model, bank: AdapterBank, frozen: PyTree, batch: PackedBatch) -> TokenLosses:
     """Returns each row's loss and whether its label is the arg-max, without dropout."""
-    return _token_losses(model, adapters_of(bank), bank, frozen, batch, False)
-
-
-class Programs:
-    """The two steps, compiled ahead of time: one program each per bucket, never silently another.
-
-    Args:
-        model: static half of the base model.
-        frozen: its weights.
-        on_compile: called with name and capacity before a compilation, and with the seconds after.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        frozen: PyTree,
-        on_compile: Callable[[str, int, float | None], None] = lambda *_: None,
-    ):
-        self._frozen, self._on_compile = frozen, on_compile
-        self._jitted = {
-            "train": jax.jit(partial(train_step, model), donate_argnums=0),
-            "eval": jax.jit(partial(eval_step, model)),
-        }
-        self._compiled: dict[tuple[str, int, int], jax.stages.Compiled] = {}
-
-    def train(
-        self, state: TrainState, hyper: Hyper, batch: PackedBatch
-    ) -> tuple[TrainState, StepReport]:
-        """Runs `train_step`; `state` is donated."""
-        return self._program("train", batch, state, hyper, self._frozen, batch)
-
-    def evaluate(self, bank: AdapterBank, batch: PackedBatch) -> TokenLosses:
-        """Runs `eval_step`."""
-        return self._program("eval", batch, bank, self._frozen, batch)
-
-    @property
-    def num_compiled(self) -> int:
-        """How many programs were compiled so far."""
-        return len(self._compiled)
-
-    def memory(self) -> dict[str, int]:
-        """Returns temporary bytes of each compiled program, by name and capacity."""
-        return {
-            f"{name} {capacity}": analysis.temp_size_in_bytes
-            for (name, capacity, _), program in self._compiled.items()
-            if (analysis := program.memory_analysis()) is not None
-        }
-
-    def _program(self, name: str, batch: PackedBatch, *args):
-        capacity = batch.tokens.shape[0]
-        key = (name, capacity, batch.segment_offsets.shape[0])
-        if key not in self._compiled:
-            self._on_compile(name, capacity, None)
-            start = time.perf_counter()
-            self._compiled[key] = self._jitted[name].lower(*args).compile()
-            self._on_compile(name, capacity, time.perf_counter() - start)
-        return self._compiled[key](*args)
+    return _token_losses(model, adapters_of(bank), bank, frozen, batch, train=False)

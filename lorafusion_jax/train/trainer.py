@@ -173,6 +173,7 @@ class MultiTrainer:
             with RunWriter(folder, config.report.every, saved.cursor) as writer:
                 listener = _fan_out(writer, self._listener)
                 run = prepare_run(self._base, config, jobs, folder, schedule, saved, listener)
+                run.compile_ahead()
                 run.evaluate_base()
                 while not run.finished:
                     run.run_microbatch()

@@ -1,0 +1,120 @@
+"""The steps as compiled programs: ahead of time, side by side, never silently another one."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from lorafusion_jax.lora.bank import AdapterBank
+from lorafusion_jax.train.batch import PackedBatch
+from lorafusion_jax.train.events import Compiling
+from lorafusion_jax.train.loss import TokenLosses
+from lorafusion_jax.train.optimizer import Hyper
+from lorafusion_jax.train.step import (
+    Model,
+    StepReport,
+    TrainState,
+    eval_step,
+    train_step,
+    update_step,
+)
+
+
+class _Key(NamedTuple):
+    """What tells programs apart: the name, the capacity (0 for the update) and M."""
+
+    name: str
+    capacity: int = 0
+    segments: int = 0
+
+
+class Programs:
+    """One training and one evaluation program per bucket, and one update.
+
+    A program is compiled when it is first called, or before, in the background, if it was
+    announced: XLA compiles mostly on one core, so two programs take as long as one.
+
+    Args:
+        model: static half of the base model.
+        frozen: its weights.
+        listener: told about compilations.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        frozen: PyTree,
+        listener: Callable[[Compiling], None] = lambda _: None,
+    ):
+        self._frozen, self._listener = frozen, listener
+        self._jitted = {
+            "train": jax.jit(partial(train_step, model), donate_argnums=0),
+            "update": jax.jit(update_step, donate_argnums=0),
+            "eval": jax.jit(partial(eval_step, model)),
+        }
+        self._compiling: dict[_Key, Future[tuple[jax.stages.Compiled, float]]] = {}
+        self._compiled: dict[_Key, jax.stages.Compiled] = {}
+
+    def train(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, Float[Array, ""]]:
+        """Runs `train_step`; `state` is donated."""
+        return self._program(_batch_key("train", batch), state, self._frozen, batch)
+
+    def update(
+        self, state: TrainState, hyper: Hyper, ended: Bool[Array, " slots"]
+    ) -> tuple[TrainState, StepReport]:
+        """Runs `update_step`; `state` is donated."""
+        return self._program(_Key("update"), state, hyper, ended)
+
+    def evaluate(self, bank: AdapterBank, batch: PackedBatch) -> TokenLosses:
+        """Runs `eval_step`."""
+        return self._program(_batch_key("eval", batch), bank, self._frozen, batch)
+
+    def announce(
+        self, state: TrainState, hyper: Hyper, train: PackedBatch, evaluate: PackedBatch | None
+    ) -> None:
+        """Starts to compile what batches of these shapes will need."""
+        pool = ThreadPoolExecutor(2, "compile")
+        self._start(pool, _batch_key("train", train), (state, self._frozen, train))
+        if evaluate is not None:
+            args = (state.bank, self._frozen, evaluate)
+            self._start(pool, _batch_key("eval", evaluate), args)
+        self._start(pool, _Key("update"), (state, hyper, train.batch_end))
+        pool.shutdown(wait=False)  # its threads end with the last compilation
+
+    @property
+    def num_compiled(self) -> int:
+        """How many programs were compiled so far."""
+        return len(self._compiled)
+
+    def _start(self, pool: ThreadPoolExecutor, key: _Key, args: tuple) -> None:
+        self._listener(Compiling(key.name, key.capacity))
+        # The arrays may be donated before the compiler has looked at them: it gets their shapes.
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+        self._compiling[key] = pool.submit(_compile, self._jitted[key.name], shapes)
+
+    def _program(self, key: _Key, *args):
+        if key not in self._compiled:
+            if key in self._compiling:
+                program, seconds = self._compiling.pop(key).result()
+            else:
+                self._listener(Compiling(key.name, key.capacity))
+                program, seconds = _compile(self._jitted[key.name], args)
+            memory = program.memory_analysis()
+            temp_bytes = None if memory is None else memory.temp_size_in_bytes
+            self._listener(Compiling(key.name, key.capacity, seconds, temp_bytes))
+            self._compiled[key] = program
+        return self._compiled[key](*args)
+
+
+def _batch_key(name: str, batch: PackedBatch) -> _Key:
+    return _Key(name, batch.tokens.shape[0], batch.segment_offsets.shape[0])
+
+
+def _compile(jitted: Any, args: tuple) -> tuple[jax.stages.Compiled, float]:
+    start = time.perf_counter()
+    compiled = jitted.lower(*args).compile()
+    return compiled, time.perf_counter() - start
