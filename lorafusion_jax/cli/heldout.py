@@ -9,9 +9,10 @@ from lorafusion_jax.models import load_base
 from lorafusion_jax.train.evaluate import BASE, EvalResult, Evaluator
 from lorafusion_jax.train.jobs import resolve_job
 from lorafusion_jax.train.prepare import tile_rows
+from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import capacity_that_fills
-from lorafusion_jax.train.step import Model, Programs, loss_chunk
+from lorafusion_jax.train.step import Model, loss_chunk
 
 
 def evaluate_adapters(
