@@ -6,7 +6,7 @@ import pkgutil
 
 from lorafusion_jax.errors import ConfigError
 
-_NOT_BENCHES = {"results", "report"}
+_NOT_BENCHES = {"results", "report", "schedule_milp"}
 
 
 def names() -> list[str]:

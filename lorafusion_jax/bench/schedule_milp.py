@@ -36,11 +36,12 @@ class _Program:
     ) -> np.ndarray | None:
         rows, columns, values = zip(*self.entries, strict=True)
         matrix = coo_array((values, (rows, columns)), shape=(len(self.low), self.variables))
+        # scipy documents arrays here, but its defaults make the parameters look like floats.
         result = milp(
             cost,
-            constraints=LinearConstraint(matrix.tocsr(), self.low, self.high),
+            constraints=LinearConstraint(matrix.tocsr(), self.low, self.high),  # pyright: ignore[reportArgumentType]
             integrality=np.ones(self.variables),
-            bounds=Bounds(0, upper),
+            bounds=Bounds(0, upper),  # pyright: ignore[reportArgumentType]
             options={"time_limit": seconds, "mip_rel_gap": gap},
         )
         return result.x

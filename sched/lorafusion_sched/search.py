@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 
-from lorafusion_sched.problem import Microbatch, Plan, PlanError, Problem, padded
+from lorafusion_sched.problem import Microbatch, Plan, Problem, padded
 from lorafusion_sched.refill import pack_plan
 from lorafusion_sched.simulate import makespan, slot_times
 from lorafusion_sched.stream import Policy, Settings, Stream, stream
@@ -33,23 +33,30 @@ def plan(problem: Problem) -> Plan:
     Returns:
         The plan; the same for the same problem in every process.
     """
-    if problem.distance == problem.width == 1 and all(len(j.batches) < 2 for j in problem.jobs):
+    if _serial(problem) and all(len(j.batches) < 2 for j in problem.jobs):
         return pack_plan(problem)
     return stream(problem, choose_settings(problem))
 
 
 def choose_settings(problem: Problem) -> Settings:
     """Returns the settings of the stream that `plan` takes."""
-    serial = problem.distance == 1 and problem.width == 1
-    targets = [Settings()] if serial else _targets(problem)
-    foci = (0.1, 1.0) if serial else (0.1, 0.5, 2.0)
-    trials = [replace(t, focus=focus) for t in targets for focus in foci]
-    ranked = sorted(trials, key=lambda settings: _pace(problem, settings))
-    if serial:
+    ranked = sorted(_trials(problem), key=lambda settings: _pace(problem, settings))
+    if _serial(problem):
         return ranked[0]
     policies: tuple[Policy, ...] = ("even", "critical")
     finals = [replace(settings, policy=p) for settings in ranked[:2] for p in policies]
     return min(finals, key=lambda settings: plan_time(problem, stream(problem, settings)))
+
+
+def _serial(problem: Problem) -> bool:
+    return problem.distance == problem.width == 1
+
+
+def _trials(problem: Problem) -> list[Settings]:
+    """Returns the settings worth trying; one device needs no balance, so no targets."""
+    targets = [Settings()] if _serial(problem) else _targets(problem)
+    foci = (0.1, 1.0) if _serial(problem) else (0.1, 0.5, 2.0)
+    return [replace(target, focus=focus) for target in targets for focus in foci]
 
 
 def _targets(problem: Problem) -> list[Settings]:
@@ -94,24 +101,30 @@ def _useful(problem: Problem, microbatch: Microbatch) -> float:
     return cost.per_token * sum(lengths) + cost.per_square * sum(n * n for n in lengths)
 
 
-def choose_capacity(problem: Problem, *, least: int | None = None) -> Problem:
-    """Chooses the capacity jointly with the schedule that it allows.
+def choose_capacity(problem: Problem) -> Problem:
+    """Chooses the capacities jointly with the schedule that they allow.
 
     Args:
-        problem: its capacities are the sizes to choose from; the largest one is what memory allows.
-        least: smallest size to consider; None is the longest sample's.
+        problem: its capacities are the sizes to choose from; the largest is what memory allows.
 
     Returns:
-        The problem with the one capacity whose plan is fastest; of equals the smallest.
-
-    Raises:
-        PlanError: no capacity is at least `least`.
+        The problem with one or two of the capacities: those whose plan is fastest by the problem's
+        cost and clock, a second one (another compilation) only where it gains at least 2%.
     """
+    if not problem.cost.whole_bucket:
+        used = max((mb.capacity for mb in plan(problem).microbatches), default=0)
+        return replace(problem, capacities=(max(used, problem.capacities[0]),))
     longest = max((s.length for job in problem.jobs for b in job.batches for s in b), default=1)
-    fits = [c for c in problem.capacities if c >= max(longest, least or 1)]
-    if not fits:
-        raise PlanError(
-            f"no capacity of {problem.capacities} is at least {max(longest, least or 1)}"
-        )
-    candidates = [replace(problem, capacities=(c,)) for c in fits]
-    return min(candidates, key=lambda p: plan_time(p, plan(p)))
+    fits = [c for c in problem.capacities if c >= longest]
+    ones = [(c,) for c in fits]
+    halves = [[h for h in problem.capacities if 2 * h <= c] for c in fits]
+    twos = [(half[-1], c) for half, c in zip(halves, fits, strict=True) if half]
+    paces = {
+        capacities: min(_pace(candidate, settings) for settings in _trials(candidate))
+        for capacities in (*ones, *twos)
+        for candidate in (replace(problem, capacities=capacities),)
+    }
+    best = min(ones, key=paces.__getitem__)
+    if twos and paces[pair := min(twos, key=paces.__getitem__)] < 0.98 * paces[best]:
+        best = pair
+    return replace(problem, capacities=best)
