@@ -109,6 +109,7 @@ def _attend_backward(q, k, v, visible, log_sum, dout, taken):
     weights = jnp.exp(_scores(q, k, visible) - jnp.moveaxis(log_sum, 0, -1)[..., None])
     dweights = jnp.einsum("qghd,tgd->ghqt", dout, v, preferred_element_type=acc)
     dscores = weights * (dweights - jnp.moveaxis(taken, 0, -1)[..., None]) * q.shape[2] ** -0.5
+    dscores = jnp.where(visible, dscores, 0.0)  # dweights of a neighbour may have overflowed
     weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
     dq = jnp.einsum("ghqt,tgd->qghd", dscores, k, preferred_element_type=acc)
     dk = jnp.einsum("ghqt,qghd->tgd", dscores, q_rows, preferred_element_type=acc)
@@ -141,13 +142,14 @@ def _forward(q, k, v, start):
         return carry, _attend(q_rows, k, v, _visible(rows, start))
 
     _, (out, log_sum) = _over_chunks(chunk, (), (jnp.arange(q.shape[0]), q))
+    bad = _samples_with(bad | _nonfinite(out), start)
     return _fill(bad, out, jnp.nan), (q, k, v, start, bad, out, log_sum)
 
 
 def _backward(residuals, dout):
     q, k, v, start, bad, out, log_sum = residuals
     bad = _samples_with(bad | _nonfinite(dout), start)
-    dout = _fill(bad, dout, 0.0)
+    q, k, v, out, log_sum, dout = (_fill(bad, x, 0.0) for x in (q, k, v, out, log_sum, dout))
     acc = _accumulator_dtype(q)
     taken = jnp.sum(dout.astype(acc) * out.astype(acc), axis=-1).reshape(log_sum.shape)
 

@@ -61,10 +61,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in _SIZES:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ModelError(f"{name} is {value!r}: expected a positive whole number")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
             raise ModelError(
@@ -88,8 +84,8 @@ class ModelConfig:
                 missing or impossible; the message names it.
         """
         _check_supported(values)
-        heads = _size(values, "num_attention_heads")
-        hidden = _size(values, "hidden_size")
+        sizes = {name: _size(values, name) for name in _NEEDED}
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         if values.get("head_dim") is None and hidden % heads:
             raise ModelError(
                 f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads} "
@@ -97,17 +93,13 @@ class ModelConfig:
             )
         theta, scaling = _rope(values)
         return cls(
-            vocab_size=_size(values, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_size(values, "intermediate_size"),
-            num_hidden_layers=_size(values, "num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=_or(values, "num_key_value_heads", heads),
-            head_dim=_or(values, "head_dim", hidden // heads),
-            rms_norm_eps=float(_or(values, "rms_norm_eps", 1e-6)),
+            **sizes,
+            num_key_value_heads=_size(values, "num_key_value_heads", heads),
+            head_dim=_size(values, "head_dim", hidden // heads),
+            rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=_or(values, "max_position_embeddings", 2048),
+            max_position_embeddings=_size(values, "max_position_embeddings", 2048),
             tie_word_embeddings=bool(_or(values, "tie_word_embeddings", False)),
             attention_bias=bool(_or(values, "attention_bias", False)),
             mlp_bias=bool(_or(values, "mlp_bias", False)),
@@ -134,15 +126,12 @@ class ModelConfig:
         return frequencies.astype(np.float32)
 
 
-_SIZES = (
+_NEEDED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
 )
 
 
@@ -159,10 +148,13 @@ def _or(values: Mapping[str, Any], key: str, default):
     return default if value is None else value
 
 
-def _size(values: Mapping[str, Any], key: str) -> int:
-    if values.get(key) is None:
+def _size(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _or(values, key, default)
+    if value is None:
         raise ModelError(f"config.json: {key} is missing")
-    return values[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ModelError(f"config.json: {key} is {value!r}: expected a positive whole number")
+    return value
 
 
 def _check_supported(values: Mapping[str, Any]) -> None:
@@ -187,22 +179,22 @@ def _check_supported(values: Mapping[str, Any]) -> None:
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling: `rope_parameters` of transformers 5, else the two older keys."""
-    parameters = values.get("rope_parameters")
-    if parameters is None:
-        parameters = values.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", _or(values, "rope_theta", 10000.0))
+    parameters = _or(values, "rope_parameters", values.get("rope_scaling")) or {}
+    if not isinstance(parameters, Mapping):
+        raise ModelError(f"config.json: rope parameters are {parameters!r}: expected an object")
+    theta = _number(parameters, "rope_theta", _number(values, "rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind == "linear":
-        return float(theta), RopeScaling("linear", float(_rope_value(parameters, "factor")))
+        return theta, RopeScaling("linear", _number(parameters, "factor"))
     if kind == "llama3":
-        return float(theta), RopeScaling(
+        return theta, RopeScaling(
             "llama3",
-            float(_rope_value(parameters, "factor")),
-            float(_rope_value(parameters, "low_freq_factor")),
-            float(_rope_value(parameters, "high_freq_factor")),
-            int(_rope_value(parameters, "original_max_position_embeddings")),
+            _number(parameters, "factor"),
+            _number(parameters, "low_freq_factor"),
+            _number(parameters, "high_freq_factor"),
+            int(_number(parameters, "original_max_position_embeddings")),
         )
     raise ModelError(
         f"config.json: rope type {kind!r} is not supported: expected 'default', 'linear' or "
@@ -210,10 +202,11 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _rope_value(parameters: Mapping[str, Any], key: str) -> float:
-    if key not in parameters:
-        raise ModelError(f"config.json: rope scaling lacks {key!r}: {dict(parameters)}")
-    return parameters[key]
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = _or(values, key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ModelError(f"config.json: {key} is {value!r}: expected a positive number")
+    return float(value)
 
 
 def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
