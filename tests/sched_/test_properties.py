@@ -287,10 +287,10 @@ def test_the_checker_sees_lorafusions_violations():
     seen = 0
     for _ in range(30):
         jobs = tuple(
-            job_from_lengths(n, [rng.randint(100, 900) for _ in range(40)], global_batch_size=4)
+            job_from_lengths(n, [rng.randint(100, 2000) for _ in range(20)], global_batch_size=2)
             for n in "ab"
         )
-        problem = Problem(jobs=jobs, capacities=(1024,), distance=6)
+        problem = Problem(jobs=jobs, capacities=(2048,), distance=6)
         answer = lorafusion(problem)
         broken = violations(answer)
         assert refused(verify, problem, answer) == (broken > 0)
