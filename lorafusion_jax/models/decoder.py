@@ -222,10 +222,9 @@ class Decoder(nnx.Module):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"{remat=} is unknown: expected one of {REMAT_POLICIES}")
         x = self.model.embed_tokens(tokens)
-        rotary = self._rotary(positions)
+        rotary = rotary_angles(self.config, positions)
         for index, layer in enumerate(self.model.layers):
-            graphdef, state = nnx.split(layer)
-            x = _run_layer(graphdef, remat, state, x, rotary, segments, lora, _site(index))
+            x = run_layer(layer, x, rotary, segments, lora, layer_site(index), remat=remat)
         return self.model.norm(x)
 
     def decode(
@@ -250,12 +249,12 @@ class Decoder(nnx.Module):
             The hidden state after the final norm, and the caches with the new tokens.
         """
         x = self.model.embed_tokens(tokens.reshape(-1))
-        rotary = self._rotary(positions.reshape(-1))
+        rotary = rotary_angles(self.config, positions.reshape(-1))
         updated = []
         for index, (layer, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
             graphdef, state = nnx.split(layer)
             x, cache = _decode_layer(
-                graphdef, state, x, rotary, cache, positions, lora, _site(index)
+                graphdef, state, x, rotary, cache, positions, lora, layer_site(index)
             )
             updated.append(cache)
         return self.model.norm(x).reshape(*tokens.shape, -1), tuple(updated)
@@ -282,14 +281,32 @@ class Decoder(nnx.Module):
         acc = jnp.promote_types(hidden.dtype, jnp.float32)
         return jnp.einsum("...d,vd->...v", hidden, self.head_weight(), preferred_element_type=acc)
 
-    def _rotary(self, positions: Int[Array, " T"]) -> Rotary:
-        frequencies = jnp.asarray(self.config.rope_frequencies())
-        angles = positions.astype(jnp.float32)[:, None] * frequencies
-        return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+def rotary_angles(config: ModelConfig, positions: Int[Array, " T"]) -> Rotary:
+    """Returns cosine and sine of the rotary angles at the given positions."""
+    frequencies = jnp.asarray(config.rope_frequencies())
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
 
 
-def _site(layer: int) -> Int[Array, ""]:
+def layer_site(layer: int | Int[Array, ""]) -> Int[Array, ""]:
+    """Returns the first of a layer's sites, which tell dropout masks apart."""
     return jnp.asarray(_SITES_PER_LAYER * layer, jnp.int32)
+
+
+def run_layer(
+    layer: DecoderLayer,
+    x: Float[Array, "T d"],
+    rotary: Rotary,
+    segments: Segments,
+    lora: LoraContext | None,
+    site: Int[Array, ""],
+    *,
+    remat: Remat = "none",
+) -> Float[Array, "T d"]:
+    """Runs one layer under a remat policy; `site` is its `layer_site`."""
+    graphdef, state = nnx.split(layer)
+    return _run_layer(graphdef, remat, state, x, rotary, segments, lora, site)
 
 
 # One traced function for all layers: they have the same structure, and `site` is traced.

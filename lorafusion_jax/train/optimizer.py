@@ -123,11 +123,20 @@ def _where_slot(mask: Bool[Array, " slots"], new: PyTree, old: PyTree) -> PyTree
 
 
 def _slot_update(
-    name: str, hyper: Hyper, lr: Array, moments: PyTree, params: Adapters, grads: Adapters
+    name: str,
+    hyper: Hyper,
+    lr: Array,
+    norm: Array,
+    moments: PyTree,
+    params: Adapters,
+    grads: Adapters,
 ) -> tuple[Adapters, PyTree]:
-    """One slot's new parameters and moments."""
-    clipped, _ = optax.clip_by_global_norm(hyper.max_grad_norm).update(grads, optax.EmptyState())
-    updates, moments = transform(name, hyper).update(clipped, moments, params)
+    """One slot's new parameters and moments; clips as optax does."""
+
+    def clip(g: Array) -> Array:
+        return jnp.where(norm < hyper.max_grad_norm, g, g / norm * hyper.max_grad_norm)
+
+    updates, moments = transform(name, hyper).update(jax.tree.map(clip, grads), moments, params)
     return jax.tree.map(lambda p, u: p - lr * u, params, updates), moments
 
 
@@ -138,6 +147,7 @@ def gated_update(
     loss: Float[Array, " slots"],
     ended: Bool[Array, " slots"],
     hyper: Hyper,
+    norm: Float[Array, " slots"] | None = None,
 ) -> tuple[Adapters, OptState, UpdateInfo]:
     """Updates the slots whose global batch ended with finite loss and gradient; freezes the rest.
 
@@ -152,8 +162,9 @@ def gated_update(
         loss: loss of each slot's global batch.
         ended: slots whose global batch is complete.
         hyper: hyper-parameters.
+        norm: norm of each slot's whole gradient, where `grads` is one pipeline stage's part of it.
     """
-    norm = jax.vmap(optax.tree.norm)(grads)
+    norm = jax.vmap(optax.tree.norm)(grads) if norm is None else norm
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     live = ended & ~state.frozen
     applied, rejected = live & finite, live & ~finite
@@ -161,7 +172,7 @@ def gated_update(
     moments = {}
     for name, old in state.moments.items():
         update = jax.vmap(lambda *args, name=name: _slot_update(name, *args))
-        new_params, new_moments = update(hyper, lr, old, params, grads)
+        new_params, new_moments = update(hyper, lr, norm, old, params, grads)
         gate = applied & (hyper.kind == OPTIMIZERS.index(name))
         params = _where_slot(gate, new_params, params)
         moments[name] = _where_slot(gate, new_moments, old)
