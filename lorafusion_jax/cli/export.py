@@ -156,7 +156,7 @@ def _logits(base: "Base", bank, tokens, slot: int):
     import jax.numpy as jnp
 
     from lorafusion_jax.lora.bank import lora_context, merge_adapters, split_adapters
-    from lorafusion_jax.models import Segments
+    from lorafusion_jax.models import Decoder, Segments
 
     count = tokens.shape[0]
     segments = Segments(jnp.zeros(count, jnp.int32), jnp.asarray([0, count], jnp.int32))
@@ -165,4 +165,5 @@ def _logits(base: "Base", bank, tokens, slot: int):
         bank, jnp.asarray([slot], jnp.int32), jnp.ones(count, jnp.uint32), train=False
     )
     model = merge_adapters(*split_adapters(base.model), bank)
+    assert isinstance(model, Decoder)
     return model.logits(model(tokens, jnp.arange(count, dtype=jnp.int32), segments, lora))

@@ -77,6 +77,16 @@ def test_changed_configuration_is_refused_with_the_difference(trained, lorafusio
     assert file_bytes(run) == before
 
 
+def test_results_of_a_run_become_the_table_of_the_readme(trained, tmp_path):
+    from lorafusion_jax.bench import demo, report
+
+    assert demo.main([str(trained[1])], root=tmp_path) == 0
+    text = report.section("demo", tmp_path)
+    assert "`make demo`" in text
+    assert all(f"| {job} |" in text for job in JOBS)
+    assert list(tmp_path.glob("*/demo_loss.png"))
+
+
 def test_unknown_job_is_refused(trained, lorafusion):
     config, run = trained
     for words in (["train", config, "--jobs", "nosuch"], ["export", run, "--job", "nosuch"]):
