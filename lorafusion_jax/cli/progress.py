@@ -97,7 +97,7 @@ class TrainProgress:
             self._line(job.name).total = job.steps
 
     def _compiling(self, event: events.Compiling) -> None:
-        what = f"{event.program} step for {event.capacity} tokens"
+        what = f"{event.program} step" + (f" for {event.capacity} tokens" if event.capacity else "")
         if event.seconds is None:
             self._screen.message(f"compiling {what} ...")
             return
