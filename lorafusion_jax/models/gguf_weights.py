@@ -5,7 +5,7 @@ to the original one (neighbouring pairs); reading turns that back. Quantized ten
 float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor], dict[str,
         raise ModelError(f"{path}: not a readable GGUF file: {error}") from error
     raw = {tensor.name: tensor for tensor in reader.tensors}
     factors = raw.pop(_ROPE_FACTORS, None)
-    config = _config(path, metadata, "output.weight" not in raw, factors)
+    config = _config(path, metadata, raw, factors)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors = {}
     for name, tensor in raw.items():
@@ -96,7 +96,8 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _config(path: Path, metadata: Mapping[str, Any], tied: bool, factors) -> ModelConfig:
+def _config(path: Path, metadata: Mapping[str, Any], names: Container[str], factors) -> ModelConfig:
+    """Which biases there are and whether the head is tied, GGUF says by tensor names only."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ModelError(f"{path}: architecture {architecture!r} is not supported: only 'llama'")
@@ -125,7 +126,9 @@ def _config(path: Path, metadata: Mapping[str, Any], tied: bool, factors) -> Mod
         rope_theta=value("llama.rope.freq_base", 10000.0),
         rope_scaling=_rope_scaling(path, metadata, factors),
         max_position_embeddings=value("llama.context_length"),
-        tie_word_embeddings=tied,
+        tie_word_embeddings="output.weight" not in names,
+        attention_bias="blk.0.attn_q.bias" in names,
+        mlp_bias="blk.0.ffn_gate.bias" in names,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=tuple(dict.fromkeys(i for i in (eos, eot) if i is not None)),
     )
