@@ -9,7 +9,6 @@ differences; leaves with 1 if one is too large.
 """
 
 import argparse
-import copy
 import json
 import warnings
 from pathlib import Path
@@ -17,13 +16,7 @@ from pathlib import Path
 import peft
 import safetensors.torch
 import torch
-import transformers
-
-
-def load_base(path, dtype):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="eager"
-    ).eval()
+from peft_curve import load_base  # beside this script
 
 
 @torch.no_grad()
@@ -31,12 +24,11 @@ def logits_of(model, tokens):
     return model(torch.tensor([tokens])).logits[0].double()
 
 
-def merged_by_hand(base, adapter):
-    """W + scale * B A from the files alone, without PEFT."""
+def merge_by_hand(merged, adapter):
+    """Makes every targeted W a W + scale * B A from the files alone, without PEFT."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     divisor = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
     tensors = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
-    merged = copy.deepcopy(base)
     for name in [name for name in tensors if name.endswith("lora_A.weight")]:
         a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
         path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -47,11 +39,12 @@ def merged_by_hand(base, adapter):
 
 
 def load_strictly(base, adapter):
+    """Loads the adapter onto the base, in place, with every warning an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # 2026-11: PEFT 0.21 asks transformers 5.23 for a property that it renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter)
+        model = peft.PeftModel.from_pretrained(base, adapter)
     return model.to(base.dtype).eval()
 
 
@@ -62,18 +55,17 @@ def main():
     parser.add_argument("--expect", type=Path)
     parser.add_argument("--resave", type=Path)
     args = parser.parse_args()
-    base, wide = load_base(args.base, torch.float32), load_base(args.base, torch.float64)
     expected = json.loads(args.expect.read_text()) if args.expect else None
     tokens = expected["tokens"] if expected else list(range(3, 23))
 
-    model = load_strictly(base, args.adapter)
-    truth = logits_of(load_strictly(wide, args.adapter), tokens)
+    model = load_strictly(load_base(args.base, torch.float32), args.adapter)
+    truth = logits_of(load_strictly(load_base(args.base, torch.float64), args.adapter), tokens)
+    base = load_base(args.base, torch.float64)
+    before = logits_of(base, tokens)
+    merged = logits_of(merge_by_hand(base, args.adapter), tokens)
     figures = {
-        "adapter_effect": (truth - logits_of(wide, tokens)).abs().max().item(),
-        "merge_error": (truth - logits_of(merged_by_hand(wide, args.adapter), tokens))
-        .abs()
-        .max()
-        .item(),
+        "adapter_effect": (truth - before).abs().max().item(),
+        "merge_error": (truth - merged).abs().max().item(),
         "peft_float32_error": (truth - logits_of(model, tokens)).abs().max().item(),
     }
     ok = figures["adapter_effect"] > 1e-3 and figures["merge_error"] < 1e-9

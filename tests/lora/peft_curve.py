@@ -14,6 +14,22 @@ import torch
 import transformers
 
 
+def load_base(path, dtype):
+    """The base model, computing in `dtype` throughout but for the rotary table."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager"
+    )
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":  # which would go through float32
+            module.forward = norm_in_own_dtype.__get__(module)
+    return model.eval()
+
+
+def norm_in_own_dtype(self, x):
+    """RMSNorm without a detour through float32."""
+    return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
 def learning_rates(optimizer, optim, steps):
     """transformers' schedule of the same name."""
     if optim["schedule"] == "constant":
@@ -38,9 +54,7 @@ def curve(prepared, name, dtype):
     """Trains one adapter; returns the loss of every step."""
     recipe = json.loads((prepared / name / "recipe.json").read_text())
     optim = recipe["optim"]
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        prepared / "base", dtype=dtype, attn_implementation="eager"
-    )
+    base = load_base(prepared / "base", dtype)
     model = peft.PeftModel.from_pretrained(base, prepared / name / "adapter", is_trainable=True)
     model = model.to(dtype)
     params = [p for p in model.parameters() if p.requires_grad]
