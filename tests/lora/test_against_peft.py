@@ -42,7 +42,7 @@ def base(tmp_path_factory):
 def _assert_curves_agree(ours, theirs, factor=2.0):
     for name, losses in ours.items():
         curve = {width: np.array(values) for width, values in theirs[name].items()}
-        assert curve["float64"][-1] < 0.9 * curve["float64"][0]  # it learns, so it can differ
+        assert curve["float64"].min() < curve["float64"][0] - 0.3  # it learns: it could differ
         actual = np.array(losses, np.float32)
         reference = curve["float32"].astype(np.float32)
         assert_error_ratio({name: actual}, {name: reference}, {name: curve["float64"]}, factor)
