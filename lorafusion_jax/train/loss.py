@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 class TokenLosses(NamedTuple):
@@ -108,8 +108,8 @@ token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 
 def sum_by_slot(
-    per_row: Float[Array, " T"], tile_adapter: Int[Array, " tiles"], num_slots: int
-) -> Float[Array, " slots"]:
+    per_row: Num[Array, " T"], tile_adapter: Int[Array, " tiles"], num_slots: int
+) -> Num[Array, " slots"]:
     """Sums rows by adapter slot, tile by tile: one slot's NaN never reaches another's sum."""
     per_tile = per_row.reshape(tile_adapter.shape[0], -1).sum(axis=1)
     mine = jnp.arange(num_slots)[:, None] == tile_adapter[None, :]

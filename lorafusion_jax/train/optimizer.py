@@ -128,9 +128,9 @@ def _slot_update(
     lr: Array,
     norm: Array,
     moments: PyTree,
-    params: Adapters,
-    grads: Adapters,
-) -> tuple[Adapters, PyTree]:
+    params: PyTree,
+    grads: PyTree,
+) -> tuple[PyTree, PyTree]:
     """One slot's new parameters and moments; clips as optax does."""
 
     def clip(g: Array) -> Array:

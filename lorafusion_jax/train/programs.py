@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from lorafusion_jax.lora.bank import AdapterBank
@@ -64,7 +65,7 @@ class Programs:
         return self._program(_batch_key("train", batch), state, self._frozen, batch)
 
     def update(
-        self, state: TrainState, hyper: Hyper, ended: Bool[Array, " slots"]
+        self, state: TrainState, hyper: Hyper, ended: Bool[Array | np.ndarray, " slots"]
     ) -> tuple[TrainState, StepReport]:
         """Runs `update_step`; `state` is donated."""
         return self._program(_Key("update"), state, hyper, ended)
