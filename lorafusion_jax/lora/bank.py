@@ -134,14 +134,16 @@ def init_adapter(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, job_seed
 
 
 def _init_module(spec: LoraSpec, job_seed: int, path: str, k: int, n: int):
-    word = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
-    key = jax.random.fold_in(jax.random.key(job_seed, impl="threefry2x32"), word)
+    # On the host: a bank has hundreds of modules, and each shape would be a compilation.
+    word = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
+    bits = np.random.Philox(key=(job_seed, word))
     if spec.init == "gaussian":
-        a = jax.random.normal(key, (spec.r, k), jnp.float32) / spec.r
+        a = np.random.Generator(bits).standard_normal((spec.r, k), np.float32) / spec.r
     else:
-        bound = k**-0.5
-        a = jax.random.uniform(key, (spec.r, k), jnp.float32, minval=-bound, maxval=bound)
-    return a, jnp.zeros((spec.r, n), jnp.float32)
+        # Raw words, whose stream NumPy never changes: 24 bits each, uniform in [-1, 1).
+        words = bits.random_raw(spec.r * k).reshape(spec.r, k) >> np.uint64(40)
+        a = (words.astype(np.float32) * np.float32(2**-23) - 1) * np.float32(k**-0.5)
+    return a.astype(np.float32), np.zeros((spec.r, n), np.float32)
 
 
 def write_slot(
@@ -186,32 +188,56 @@ def put_slot(bank: AdapterBank, slot: int, spec: LoraSpec, adapter: Adapter) -> 
             )
         if spec.r > r_max:
             raise AdapterError(f"r={spec.r} does not fit the bank's r_max={r_max}")
-    bank = clear_slot(bank, slot)
-    return AdapterBank(
-        a=bank.a | {p: bank.a[p].at[slot, : spec.r].set(a) for p, (a, _) in adapter.items()},
-        b=bank.b | {p: bank.b[p].at[slot, : spec.r].set(b) for p, (_, b) in adapter.items()},
-        targeted=bank.targeted | {p: bank.targeted[p].at[slot].set(True) for p in adapter},
-        scale=bank.scale.at[slot].set(spec.scale),
-        rate=bank.rate.at[slot].set(spec.dropout),
-        rank=bank.rank.at[slot].set(spec.r),
+    _check_slot(bank, slot)
+    r_max = next(iter(bank.a.values())).shape[1] if bank.a else 0
+    rows = [(0, r_max - spec.r), (0, 0)]
+    a = {path: np.pad(np.asarray(a), rows) for path, (a, _) in adapter.items()}
+    b = {path: np.pad(np.asarray(b), rows) for path, (_, b) in adapter.items()}
+    absent = {
+        path: np.zeros(bank.a[path].shape[1:], np.float32) for path in bank.a if path not in a
+    }
+    a |= absent
+    b |= {path: np.zeros(bank.b[path].shape[1:], np.float32) for path in absent}
+    targeted = {path: np.bool_(path in adapter) for path in bank.a}
+    one = AdapterBank(
+        a, b, targeted, np.float32(spec.scale), np.float32(spec.dropout), np.int32(spec.r)
     )
+    return _set_slot(bank, np.int32(slot), one)
+
+
+@jax.jit
+def _set_slot(bank: AdapterBank, slot: Int[Array, ""], one: AdapterBank) -> AdapterBank:
+    """One program for all slots and adapters of a bank."""
+    return jax.tree.map(lambda leaf, value: leaf.at[slot].set(value), bank, one)
 
 
 def clear_slot(bank: AdapterBank, slot: int) -> AdapterBank:
     """Returns the bank with exact zeros in a slot."""
-    if not 0 <= slot < bank.rank.shape[0]:
-        raise AdapterError(f"{slot=} is not one of the bank's {bank.rank.shape[0]} slots")
-    return jax.tree.map(lambda leaf: leaf.at[slot].set(jnp.zeros((), leaf.dtype)), bank)
+    _check_slot(bank, slot)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), bank)
+    return _set_slot(bank, np.int32(slot), zeros)
 
 
 def read_slot(bank: AdapterBank, slot: int) -> Adapter:
     """Returns the adapter of a slot: the modules it targets, of its true rank."""
-    rank = int(bank.rank[slot])
+    _check_slot(bank, slot)
+    one = jax.device_get(_get_slot(bank, np.int32(slot)))
     return {
-        path: (bank.a[path][slot, :rank], bank.b[path][slot, :rank])
-        for path, slots in bank.targeted.items()
-        if bool(slots[slot])
+        path: (jnp.asarray(one.a[path][: one.rank]), jnp.asarray(one.b[path][: one.rank]))
+        for path, targeted in one.targeted.items()
+        if targeted
     }
+
+
+@jax.jit
+def _get_slot(bank: AdapterBank, slot: Int[Array, ""]) -> AdapterBank:
+    """One program for all slots of a bank."""
+    return jax.tree.map(lambda leaf: leaf[slot], bank)
+
+
+def _check_slot(bank: AdapterBank, slot: int) -> None:
+    if not 0 <= slot < bank.rank.shape[0]:
+        raise AdapterError(f"{slot=} is not one of the bank's {bank.rank.shape[0]} slots")
 
 
 def _check_paths(bank: AdapterBank, paths) -> None:
