@@ -154,7 +154,7 @@ def render(table: Table, rows: list[Row]) -> str:
 
 
 def section(bench: str, root: Path = RESULTS) -> str:
-    """Returns all devices' tables of one bench, each with the command that made it."""
+    """Returns all devices' tables and figures of one bench, each with the command that made it."""
     parts = []
     for path in sorted(root.glob(f"*/{bench}.json")):
         record = json.loads(path.read_text())
@@ -163,6 +163,9 @@ def section(bench: str, root: Path = RESULTS) -> str:
         what = f" {value.heading[0].upper()}{value.heading[1:]}." if value else ""
         head = f"{record['device']}, {record['date']}, jax {jax}: `{record['command']}`.{what}"
         parts.append(f"{head}\n\n{render(TABLES[bench], record['rows'])}\n")
+        for figure in sorted(path.parent.glob(f"{bench}_*.png")):
+            name = figure.stem.replace("_", " ")
+            parts.append(f"![{name}]({RESULTS.as_posix()}/{path.parent.name}/{figure.name})\n")
     return "\n".join(parts)
 
 
