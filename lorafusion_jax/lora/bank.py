@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear
@@ -199,22 +199,20 @@ def put_slot(bank: AdapterBank, slot: int, spec: LoraSpec, adapter: Adapter) -> 
     a |= absent
     b |= {path: np.zeros(bank.b[path].shape[1:], np.float32) for path in absent}
     targeted = {path: np.bool_(path in adapter) for path in bank.a}
-    one = AdapterBank(
-        a, b, targeted, np.float32(spec.scale), np.float32(spec.dropout), np.int32(spec.r)
-    )
-    return _set_slot(bank, np.int32(slot), one)
+    scalars = (np.float32(spec.scale), np.float32(spec.dropout), np.int32(spec.r))
+    return _set_slot(bank, np.int32(slot), (a, b, targeted, *scalars))
 
 
 @jax.jit
-def _set_slot(bank: AdapterBank, slot: Int[Array, ""], one: AdapterBank) -> AdapterBank:
-    """One program for all slots and adapters of a bank."""
-    return jax.tree.map(lambda leaf, value: leaf.at[slot].set(value), bank, one)
+def _set_slot(bank: AdapterBank, slot: Int[Array, ""], one: PyTree) -> AdapterBank:
+    """One program for all slots and adapters of a bank; `one` is a bank without its slot axis."""
+    return AdapterBank(*jax.tree.map(lambda leaf, x: leaf.at[slot].set(x), tuple(bank), one))
 
 
 def clear_slot(bank: AdapterBank, slot: int) -> AdapterBank:
     """Returns the bank with exact zeros in a slot."""
     _check_slot(bank, slot)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), bank)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), tuple(bank))
     return _set_slot(bank, np.int32(slot), zeros)
 
 
