@@ -130,6 +130,7 @@ class TrainProgress:
     def _evaluated(self, event: events.Evaluated) -> None:
         if event.step == 0:
             self.base[event.job] = event
+            self._screen.line(f"{event.job}  base model, eval {event.loss:.3f}")
         elif event.best:
             self.best[event.job] = event
         self._line(event.job).eval_loss = event.loss

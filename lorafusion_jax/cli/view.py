@@ -120,6 +120,11 @@ class Screen:
         else:
             self._console.print(text, markup=False)
 
+    def line(self, text: str) -> None:
+        """Prints a line where there is no table that shows the same."""
+        if self._plain:
+            self.message(text)
+
     def refresh(self) -> None:
         """Shows the jobs as they are now."""
         if self._live is not None:

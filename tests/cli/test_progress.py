@@ -89,10 +89,11 @@ def test_eta_comes_from_microbatches(progress, clock):
     assert progress._screen.eta_s == pytest.approx(2.0 * 15)
 
 
-def test_base_and_best_are_kept(progress):
+def test_base_and_best_are_kept(progress, capsys):
     progress(planned())
     for n, loss, best in ((0, 4.0, True), (2, 2.0, True), (4, 3.0, False)):
         progress(evaluated("sql", n, loss, best))
+    assert "sql  base model, eval 4.000" in capsys.readouterr().out
     assert progress.base["sql"].loss == 4.0
     assert progress.best["sql"].loss == 2.0
 
