@@ -20,6 +20,7 @@ from lorafusion_jax.lora.bank import (
     split_adapters,
 )
 from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.decoder import Decoder
 from lorafusion_jax.models.hf_weights import Base, random_base
 from lorafusion_jax.train.batch import JobRows, PackedBatch, pack, segment_bucket
 from lorafusion_jax.train.optimizer import OPTIMIZERS, SCHEDULES, Hyper
@@ -144,15 +145,16 @@ class Bench:
     Args:
         jobs: jobs by slot.
         num_slots: slots of the bank.
-        r_max: rank of the bank.
+        dtype: of base, adapters and moments.
     """
 
-    def __init__(self, jobs: Mapping[int, TinyJob], num_slots: int = SLOTS, r_max: int = R_MAX):
+    def __init__(self, jobs: Mapping[int, TinyJob], num_slots: int = SLOTS, dtype=jnp.float32):
         self.jobs, self.num_slots = dict(jobs), num_slots
-        self.programs, shapes = _programs(num_slots, r_max)
-        bank = empty_bank(shapes, num_slots, r_max)
+        self.programs, shapes = _programs(num_slots, jnp.dtype(dtype))
+        bank = empty_bank(shapes, num_slots, R_MAX)
         for slot, job in jobs.items():
             bank = put_slot(bank, slot, job.spec, random_adapter(job.spec, job.name, shapes))
+        bank = bank._replace(**jax.tree.map(lambda x: x.astype(dtype), {"a": bank.a, "b": bank.b}))
         self.state = init_state(bank, OPTIMIZERS)
         self.hyper = hyper(jobs, num_slots)
         self.reports: list[StepReport] = []
@@ -194,11 +196,16 @@ def slot_of(state: TrainState, slot: int) -> dict:
 
 
 @cache
-def _programs(num_slots: int, r_max: int) -> tuple[Programs, dict[str, tuple[int, int]]]:
+def _programs(num_slots: int, dtype: jnp.dtype) -> tuple[Programs, dict[str, tuple[int, int]]]:
     model = tiny_base().model
+    if dtype != jnp.float32:
+        wide = Decoder(CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
+        weights = jax.tree.map(lambda x: x.astype(dtype), nnx.state(model))
+        nnx.update(wide, weights)
+        model = wide
     linears = multi_linears(model)
     shapes = {path: (m.in_features, m.out_features) for path, m in linears.items()}
-    attach_adapters(model, tuple(shapes), num_slots, r_max)
+    attach_adapters(model, tuple(shapes), num_slots, R_MAX)
     graphdef, frozen = split_adapters(model)
     attach_adapters(model, (), 0, 1)
     return Programs(Model(graphdef, "none", 16), frozen), shapes
