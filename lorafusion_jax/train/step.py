@@ -145,11 +145,14 @@ def train_step(
 
     (loss, losses), grads = jax.value_and_grad(total, has_aux=True)(adapters_of(state.bank))
     supervised = (batch.loss_weight != 0).astype(jnp.int32)
-    state = state._replace(
-        grads=jax.tree.map(lambda sum, g: sum + g.astype(sum.dtype), state.grads, grads),
-        loss=state.loss + sum_by_slot(losses, batch.tile_adapter, num_slots),
-        tokens=state.tokens + sum_by_slot(supervised, batch.tile_adapter, num_slots),
+    gained = (
+        grads,
+        sum_by_slot(losses, batch.tile_adapter, num_slots),
+        sum_by_slot(supervised, batch.tile_adapter, num_slots),
     )
+    held = (state.grads, state.loss, state.tokens)
+    held = jax.tree.map(lambda x, gain: x + gain.astype(x.dtype), held, gained)
+    state = state._replace(grads=held[0], loss=held[1], tokens=held[2])
     return state, loss
 
 
