@@ -25,6 +25,7 @@ from tests.models.tiny import TINY, packed
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7], [9, 10, 11, 12, 13]]
 SLOTS = [0, -1, 1, 0]
 NEW = 6
+ONE_LAYER = dataclasses.replace(TINY, num_hidden_layers=1)
 
 
 class Words:
@@ -41,7 +42,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def setup():
-    base = random_base(TINY, tokenizer=Words())
+    base = random_base(ONE_LAYER, tokenizer=Words())
     paths = [path for path in multi_linears(base.model) if path.endswith(("v_proj", "up_proj"))]
     bank = attach_adapters(base.model, paths, 2, 4)
     for slot in range(2):
@@ -117,15 +118,20 @@ def test_nucleus_has_the_probability_asked_for():
 
 
 def test_stops_at_any_end_token(setup):
+    """With the token that a text first changes to as one of two end tokens, it ends before it."""
     base, _ = setup
-    [text] = generate(base, None, [[5, 6, 7]], max_new_tokens=NEW)
-    words = text.split()
-    third = int(words[2])
-    assert third not in map(int, words[:2])
-    config = dataclasses.replace(base.config, eos_token_ids=(0, third))
-    assert generate(
-        dataclasses.replace(base, config=config), None, ["5 6 7"], max_new_tokens=NEW
-    ) == [" ".join(words[:2])]
+    prompts = [[token, 7] for token in range(20, 28)]
+    texts = generate(base, None, prompts, max_new_tokens=NEW)
+    number, words = next((i, text.split()) for i, text in enumerate(texts) if changes(text))
+    at = next(i for i, word in enumerate(words) if word != words[0])
+    config = dataclasses.replace(base.config, eos_token_ids=(0, int(words[at])))
+    stopping = dataclasses.replace(base, config=config)
+    stopped = generate(stopping, None, prompts, max_new_tokens=NEW)[number]
+    assert stopped == " ".join(words[:at])
+
+
+def changes(text: str) -> bool:
+    return len(set(text.split())) > 1
 
 
 def test_nothing_to_do(setup):
