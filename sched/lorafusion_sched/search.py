@@ -9,6 +9,7 @@ from lorafusion_sched.simulate import makespan, slot_times
 from lorafusion_sched.stream import Policy, Settings, Stream, stream
 
 _TRIAL_SLOTS = 64  # settings are compared on this many slots first
+_FULL_LIMIT = 10_000  # samples; settings of larger problems are not compared in full
 _FRACTIONS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
 _MAX_SQUARES = 0.02  # below this share of the time, attention does not decide how to pack
 
@@ -41,7 +42,8 @@ def plan(problem: Problem) -> Plan:
 def choose_settings(problem: Problem) -> Settings:
     """Returns the settings of the stream that `plan` takes."""
     ranked = sorted(_trials(problem), key=lambda settings: _pace(problem, settings))
-    if _serial(problem):
+    samples = sum(len(batch) for job in problem.jobs for batch in job.batches)
+    if _serial(problem) or samples > _FULL_LIMIT:
         return ranked[0]
     policies: tuple[Policy, ...] = ("even", "critical")
     finals = [replace(settings, policy=p) for settings in ranked[:2] for p in policies]

@@ -7,8 +7,10 @@ only where nothing is ready. The stream decides slot by slot and never looks fur
 join, be cancelled or stop while it runs.
 """
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from lorafusion_sched.fill import Pool, fill
@@ -47,6 +49,7 @@ class _Line:
         self.batch = 0
         self.opened = False
         self.chain: list[float] = []  # see `_chain`
+        self.key: tuple[bool, float, int] = (False, 0.0, order)  # place in the queue
         self.pool = Pool([])
 
     def open(self, size: Callable[[int], int]) -> None:
@@ -72,7 +75,8 @@ class Stream:
         self.slot = 0
         self._joined = 0
         self._rows, self._size = _sizes(problem, settings)
-        self._lines: list[_Line] = []
+        self._queue: list[_Line] = []  # ready, the most urgent first
+        self._waiting: list[tuple[int, int, _Line]] = []  # heap of (ready, order, line)
         for job in problem.jobs:
             self.add(job)
 
@@ -86,17 +90,17 @@ class Stream:
         Raises:
             PlanError: the name is taken, or a sample does not fit.
         """
-        if any(line.job.name == job.name for line in self._lines):
+        if any(line.job.name == job.name for line in self._lines()):
             raise PlanError(f"job {job.name} is in the stream already")
         if self._joined >= len(self.problem.jobs):
             Problem(jobs=(job,), capacities=self.problem.capacities, tile=self.problem.tile)
-        turn = min((line.turn + line.batch for line in self._lines), default=0)
+        turn = min((line.turn + line.batch for line in self._lines()), default=0)
         line = _Line(job, self._joined, self.slot if ready is None else ready, turn)
         self._joined += 1
         if not line.done:
             line.chain = _chain(job, self.problem.distance, self._rows)
             line.open(self._size)
-            self._lines.append(line)
+            self._wait(line)
 
     def remove(self, name: str, *, finish_batch: bool = False) -> None:
         """Takes a job out; what is already planned of it stays planned.
@@ -105,42 +109,57 @@ class Stream:
             name: the job; nothing happens if it has ended.
             finish_batch: whether the rest of its open global batch is still to be planned.
         """
-        for line in self._lines:
+        for line in self._lines():
             if line.job.name == name:
                 keep = line.batch + 1 if finish_batch and line.opened else 0
                 line.job = Job(name=name, batches=line.job.batches[:keep])
                 if not keep:
                     line.batch = 0
-        self._lines = [line for line in self._lines if not line.done]
+        self._queue = [line for line in self._queue if not line.done]
+        self._waiting = [entry for entry in self._waiting if not entry[2].done]
+        heapify(self._waiting)
 
     def next_slot(self) -> list[Microbatch] | None:
         """Plans one slot of `width` microbatches; None when all jobs have ended."""
-        if not self._lines:
+        if not self._queue and not self._waiting:
             return None
-        ready = sorted((x for x in self._lines if x.ready <= self.slot), key=self._urgency)
-        ranks = [self._fill_one(ready) for _ in range(self.problem.width)]
+        while self._waiting and self._waiting[0][0] <= self.slot:
+            line = heappop(self._waiting)[2]
+            line.key = self._urgency(line)
+            insort(self._queue, line, key=_key)
+        ranks = [self._fill_one() for _ in range(self.problem.width)]
         microbatches = [self._microbatch(shares) for shares in ranks]
-        for line in ready:
+        for line in {line.order: line for shares in ranks for line, _ in shares}.values():
+            del self._queue[bisect_left(self._queue, line.key, key=_key)]
+            line.opened = True
             if line.pool.items:
+                line.key = self._urgency(line)
+                insort(self._queue, line, key=_key)
                 continue
             line.batch += 1
             line.ready = self.slot + self.problem.distance
             line.open(self._size)
-        if any(line.done for line in ready):
-            self._lines = [line for line in self._lines if not line.done]
+            if not line.done:
+                self._wait(line)
         self.slot += 1
         return microbatches
+
+    def _lines(self) -> list[_Line]:
+        return self._queue + [line for _, _, line in self._waiting]
+
+    def _wait(self, line: _Line) -> None:
+        heappush(self._waiting, (line.ready, line.order, line))
 
     def _urgency(self, line: _Line) -> tuple[bool, float, int]:
         if self.settings.policy == "even":
             return False, line.turn + line.batch, line.order
         return not line.opened, -line.chain[line.batch], line.order
 
-    def _fill_one(self, ready: Sequence[_Line]) -> list[Share]:
+    def _fill_one(self) -> list[Share]:
         """Takes the samples of one microbatch from the most urgent batches that could fill it."""
         lines: list[_Line] = []
         volume = 0
-        for line in ready:
+        for line in self._queue:
             if len(lines) == self.problem.max_jobs or (
                 len(lines) >= 4 and volume >= 2 * self._rows
             ):
@@ -158,10 +177,7 @@ class Stream:
             rows = max(self._rows, longest)
             pools = [line.pool for line in lines]
             taken = fill(pools, rows, self.problem.tile, focus=self.settings.focus)
-        shares = [(line, numbers) for line, numbers in zip(lines, taken, strict=True) if numbers]
-        for line, _ in shares:
-            line.opened = True
-        return shares
+        return [(line, numbers) for line, numbers in zip(lines, taken, strict=True) if numbers]
 
     def _microbatch(self, shares: list[Share]) -> Microbatch:
         """Adds end flags and the smallest capacity that holds the microbatch."""
@@ -198,6 +214,10 @@ def stream(problem: Problem, settings: Settings) -> Plan:
         distance=problem.distance,
         width=problem.width,
     )
+
+
+def _key(line: _Line) -> tuple[bool, float, int]:
+    return line.key
 
 
 def _sizes(problem: Problem, settings: Settings) -> tuple[int, Callable[[int], int]]:
