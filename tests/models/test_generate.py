@@ -81,7 +81,24 @@ def test_side_by_side_equals_one_by_one_without_a_cache(setup):
 def test_base_rows_are_the_bare_base(setup):
     base, bank = setup
     alone = generate(base, None, PROMPTS[:2], max_new_tokens=NEW)
-    assert generate(base, bank, PROMPTS[:2], [-1, -1], max_new_tokens=NEW) == alone
+    assert generate(base, bank, ["5 6 7", "8"], [-1, -1], max_new_tokens=NEW) == alone
+
+
+def test_a_chat_prompt_is_rendered_as_a_users_message():
+    class Chat(Words):
+        chat_template = "given"
+
+        def apply_chat_template(self, messages, *, add_generation_prompt, tokenize):
+            assert messages == [{"role": "user", "content": "5 6"}]
+            assert add_generation_prompt and not tokenize
+            return "1 5 6 3"
+
+        def encode(self, text, add_special_tokens=True):
+            return [0] * add_special_tokens + super().encode(text)
+
+    base = random_base(ONE_LAYER, tokenizer=Chat())
+    assert module._encode(base, "5 6", chat=True) == [1, 5, 6, 3]
+    assert module._encode(base, "5 6", chat=False) == [0, 5, 6]
 
 
 def test_batches_change_nothing_and_share_a_compilation(setup):
