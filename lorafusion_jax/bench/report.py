@@ -94,6 +94,7 @@ TABLES = {
         ),
         pivot="planner",
         value=Column("utilisation", "utilisation", ".1%"),
+        where={"part": "pipeline", "clock": "1f1b"},
     ),
     "scaling": Table(
         (

@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lorafusion_jax.bench.results import RESULTS, Row, write_results
@@ -146,7 +147,10 @@ def _rows(content: Bin, pair: list[list[int]]) -> int:
 
 
 def pipeline_rows(seeds: int, milp_seeds: int, milp_seconds: float, quick: bool) -> Iterator[Row]:
-    """Plans whole runs; LoRAFusion packs by its programs, and also by our packer."""
+    """Plans whole runs; LoRAFusion packs by its programs, and also by our packer.
+
+    `ours_full` always fills up to the capacity, as one static shape wants; `ours` may fill less.
+    """
     milp = milp_packer(milp_seconds)
     packed: dict[tuple, list[Bin]] = {}
 
@@ -163,6 +167,7 @@ def pipeline_rows(seeds: int, milp_seeds: int, milp_seconds: float, quick: bool)
         "lorafusion_ffd": lorafusion,
         "lorafusion_our_packing": lambda problem: lorafusion(problem, pack),
         "lorafusion": lambda problem: lorafusion(problem, remembered),
+        "ours_full": lambda problem: plan(replace(problem, cost=Cost())),
         "ours": plan,
     }
     for stages, gbs, capacity, lengths in CELLS[3:4] if quick else CELLS:
