@@ -1,0 +1,200 @@
+"""What one stage computes: its decoder layers, forward and backward, without any exchange.
+
+The backward of a microbatch runs ticks after its forward. What must wait in between goes through a
+ring buffer: everything the backward needs (`save`), or only the stage's input, from which the
+forward is computed again (`recompute`). Frozen weights, adapters and whatever can be rebuilt from
+the schedule's row never enter the ring.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lorafusion_jax.lora.bank import AdapterBank, lora_context, multi_linears
+from lorafusion_jax.lora.linear import LoraContext
+from lorafusion_jax.models.attention import Segments
+from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.decoder import (
+    DecoderLayer,
+    Remat,
+    RMSNorm,
+    Rotary,
+    layer_site,
+    rotary_angles,
+    run_layer,
+)
+from lorafusion_jax.parallel.layout import suffixes_at
+from lorafusion_jax.train.batch import PackedBatch
+from lorafusion_jax.train.optimizer import Adapters
+
+type Residuals = Literal["save", "recompute"]
+type LayerWeights = dict[str, Array]
+"""Frozen arrays of one layer by their path inside it."""
+
+
+class RowInputs(NamedTuple):
+    """What layers need to know of a microbatch beside its hidden states."""
+
+    rotary: Rotary
+    segments: Segments
+    context: LoraContext
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """The layers of one stage; the same program on every stage.
+
+    Attributes:
+        config: shape of the whole model.
+        dtype: of weights and activations.
+        places: layer places of a stage.
+        place_paths: modules with adapters (`Layout.place_paths`).
+        residuals: what waits for the backward.
+        remat: with `save`, what each layer computes again rather than keep.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    places: int
+    place_paths: tuple[str, ...]
+    residuals: Residuals
+    remat: Remat
+
+    @cached_property
+    def _graphdefs(self) -> tuple[nnx.GraphDef, ...]:
+        return tuple(
+            _layer_structure(self.config, self.dtype, suffixes_at(place, self.place_paths))
+            for place in range(self.places)
+        )
+
+    def inputs(self, batch: PackedBatch, bank: AdapterBank, *, train: bool) -> RowInputs:
+        """Rebuilds from a schedule row what its layers need."""
+        return RowInputs(
+            rotary_angles(self.config, batch.positions),
+            Segments(batch.segment_start, batch.segment_offsets),
+            lora_context(bank, batch.tile_adapter, batch.row_key, train=train),
+        )
+
+    def forward(
+        self,
+        x: Float[Array, "C d"],
+        adapters: Adapters,
+        weights: Sequence[LayerWeights],
+        inputs: RowInputs,
+        first_layer: Int[Array, ""],
+        *,
+        remat: Remat = "none",
+    ) -> Float[Array, "C d"]:
+        """Runs the layers of a stage."""
+        for place in range(self.places):
+            layer = self._merge(place, weights[place], adapters)
+            site = layer_site(first_layer + place)
+            x = run_layer(layer, x, *inputs, site, remat=remat)
+        return x
+
+    def forward_saving(self, *args) -> tuple[Float[Array, "C d"], list[Array]]:
+        """Runs `forward`; returns also what must wait for the backward."""
+        y, pullback = self._vjp(*args)
+        return y, pullback.opaque_residuals
+
+    def backward_saved(self, saved: list[Array], dy: Float[Array, "C d"], *args):
+        """Returns the gradients of input and adapters from what `forward_saving` kept."""
+        # Traced for its structure only: what it computes is not used.
+        pullback = jax.eval_shape(self._vjp, *args)[1]
+        pullback.opaque_residuals = saved
+        pullback.args_res = list(args)
+        return pullback(dy)[:2]
+
+    def backward_recomputing(self, dy: Float[Array, "C d"], x, adapters, *rest):
+        """Returns the gradients of input and adapters, computing the forward again."""
+
+        def forward(x, adapters):
+            return self.forward(x, adapters, *rest, remat=self.remat)
+
+        return jax.vjp(forward, x, adapters)[1](dy)
+
+    def saved_shapes(
+        self, batch: PackedBatch, bank: AdapterBank
+    ) -> tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]:
+        """Returns the hidden states of one microbatch, and what must wait for its backward.
+
+        Args:
+            batch: a microbatch, or its shapes.
+            bank: adapters of a stage, or their shapes.
+        """
+        hidden = jax.ShapeDtypeStruct((*batch.tokens.shape, self.config.hidden_size), self.dtype)
+        weights = [layer_shapes(self.config, self.dtype)] * self.places
+
+        def keep(x, weights, batch, bank):
+            adapters, inputs = {"a": bank.a, "b": bank.b}, self.inputs(batch, bank, train=True)
+            return self.forward_saving(x, adapters, weights, inputs, jnp.int32(0))[1]
+
+        if self.residuals == "recompute":
+            return hidden, []
+        return hidden, jax.eval_shape(keep, hidden, weights, batch, bank)
+
+    def _vjp(self, *args) -> tuple[Array, Any]:
+        def forward(*args):
+            return self.forward(*args, remat=self.remat)
+
+        # Arguments leave holes among the residuals, to be filled by the backward; jax knows them by
+        # identity, so each layer's weights must be arrays of their own.
+        moving = (True, True, False, False, False)
+        return jax.vjp(forward, *args, saveable_args=(False,) * 5, in_nzs=moving)
+
+    def _merge(self, place: int, weights: LayerWeights, adapters: Adapters) -> DecoderLayer:
+        leaves: dict[tuple, nnx.Variable] = {
+            tuple(name.split(".")): nnx.Param(array) for name, array in weights.items()
+        }
+        for suffix in suffixes_at(place, self.place_paths):
+            for name in ("a", "b"):
+                stack = adapters[name][f"layers.{place}.{suffix}"]
+                leaves[(*suffix.split("."), f"lora_{name}")] = nnx.LoRAParam(stack)
+        return nnx.merge(self._graphdefs[place], nnx.from_flat_state(leaves))
+
+
+def _layer_structure(
+    config: ModelConfig, dtype: jnp.dtype, suffixes: Sequence[str]
+) -> nnx.GraphDef:
+    """Structure of a layer with adapters at these modules; allocates nothing."""
+
+    def make() -> DecoderLayer:
+        layer = DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(0))
+        linears = multi_linears(layer)
+        for suffix in suffixes:
+            shape = linears[suffix].kernel[...].shape
+            linears[suffix].set_stacks(*(jnp.zeros((1, 1, size)) for size in shape))
+        return layer
+
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+def layer_shapes(config: ModelConfig, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the frozen arrays of a layer by their path inside it."""
+    layer = nnx.eval_shape(lambda: DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return flat_arrays(layer)
+
+
+def flat_arrays(module: nnx.Module) -> dict[str, Any]:
+    """Returns the arrays of a module by path."""
+    return {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(module))
+    }
+
+
+def final_norm(
+    config: ModelConfig, x: Float[Array, "C d"], weight: Float[Array, " d"]
+) -> Float[Array, "C d"]:
+    """Applies the norm between the last layer and the head."""
+    structure = nnx.eval_shape(
+        lambda: RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=weight.dtype)
+    )
+    leaves: dict[tuple, nnx.Variable] = {("weight",): nnx.Param(weight)}
+    return nnx.merge(nnx.split(structure)[0], nnx.from_flat_state(leaves))(x)

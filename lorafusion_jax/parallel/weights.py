@@ -1,0 +1,139 @@
+"""Frozen weights on the mesh: each layer on its stage, vocabulary split over stages."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, PyTree
+
+from lorafusion_jax.models import Base, ModelConfig
+from lorafusion_jax.parallel.layout import Layout
+from lorafusion_jax.parallel.mesh import PER_STAGE, REPLICATED, STAGE
+from lorafusion_jax.parallel.stage import LayerWeights, flat_arrays, layer_shapes
+from lorafusion_jax.parallel.state import mesh_sizes
+from lorafusion_jax.parallel.vocabulary import padded_vocabulary
+
+
+class Frozen(NamedTuple):
+    """The frozen weights; axis 0 of all but the norm concatenates the stages.
+
+    Attributes:
+        layers: arrays of each layer place.
+        norm: of the hidden states before the head.
+        embedding: this stage's rows of the embedding.
+        head: this stage's rows of the head, None where it is the embedding.
+    """
+
+    layers: list[LayerWeights]
+    norm: Float[Array, " d"]
+    embedding: Float[Array, "V_S d"]
+    head: Float[Array, "V_S d"] | None
+
+    @property
+    def head_rows(self) -> Float[Array, "V_S d"]:
+        """The head, tied or not."""
+        return self.embedding if self.head is None else self.head
+
+
+def frozen_specs(frozen: Frozen) -> PyTree:
+    """Returns how the weights lie on the mesh."""
+    return jax.tree.map(lambda _: PER_STAGE, frozen)._replace(norm=REPLICATED)
+
+
+def place_base(base: Base, layout: Layout, mesh: Mesh) -> Frozen:
+    """Puts a base model's weights on the mesh; arrays that lie right already are not copied."""
+    model = base.model
+    layers = [flat_arrays(layer) for layer in model.model.layers]
+    places = []
+    for place in range(layout.places):
+        names = layer_shapes(base.config, model.model.norm.weight[...].dtype)
+        places.append(
+            {
+                name: _by_stage(
+                    mesh,
+                    [
+                        None if (i := layout.layer(stage, place)) is None else layers[i][name]
+                        for stage in range(layout.stages)
+                    ],
+                    shape,
+                )
+                for name, shape in names.items()
+            }
+        )
+    head = (
+        None if base.config.tie_word_embeddings else _rows(mesh, base.config, model.head_weight())
+    )
+    norm = jax.device_put(model.model.norm.weight[...], NamedSharding(mesh, REPLICATED))
+    embedding = _rows(mesh, base.config, model.model.embed_tokens.weight[...])
+    return Frozen(places, norm, embedding, head)
+
+
+def random_weights(
+    config: ModelConfig, dtype: jnp.dtype, layout: Layout, mesh: Mesh, seed: int
+) -> Frozen:
+    """Makes random weights on their devices, for benchmarks: never whole anywhere.
+
+    Unlike those of `random_base`, they depend on the number of stages.
+    """
+    stages = mesh_sizes(mesh)[1]
+    shapes = layer_shapes(config, dtype)
+    root = jax.random.key(seed, impl="threefry2x32")
+    stage_key = NamedSharding(mesh, PER_STAGE)
+
+    def normal(number: int, shape: tuple[int, ...], fan_in: int) -> Array:
+        def local() -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(root, number), jax.lax.axis_index(STAGE))
+            return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+        make = jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=PER_STAGE, check_vma=False)
+        return jax.jit(make, out_shardings=stage_key)()
+
+    layers: list[LayerWeights] = []
+    number = 0
+    for _ in range(layout.places):
+        weights: LayerWeights = {}
+        for name, shape in shapes.items():
+            number += 1
+            if name.endswith("norm.weight"):
+                ones = jnp.ones(stages * shape.shape[0], dtype)
+                weights[name] = jax.device_put(ones, stage_key)
+            else:
+                weights[name] = normal(number, shape.shape, shape.shape[0])
+        layers.append(weights)
+    d, share = config.hidden_size, padded_vocabulary(config.vocab_size, stages) // stages
+    norm = jax.device_put(jnp.ones(d, dtype), NamedSharding(mesh, REPLICATED))
+    embedding = normal(number + 1, (share, d), d)
+    head = None if config.tie_word_embeddings else normal(number + 2, (share, d), d)
+    return Frozen(layers, norm, embedding, head)
+
+
+def stage_devices(mesh: Mesh) -> Iterator[tuple[int, jax.Device]]:
+    """Yields (stage, device) of this process's devices."""
+    for rank in mesh.devices:
+        for stage, device in enumerate(rank):
+            if device.process_index == jax.process_index():
+                yield stage, device
+
+
+def _by_stage(mesh: Mesh, arrays: list[Array | None], shape: jax.ShapeDtypeStruct) -> Array:
+    """Concatenates one array per stage without moving what is in place; None is zeros."""
+    shards = []
+    for stage, device in stage_devices(mesh):
+        array = arrays[stage]
+        if array is None:
+            array = np.zeros(shape.shape, shape.dtype)
+        shards.append(jax.device_put(array, device))
+    whole = (len(arrays) * shape.shape[0], *shape.shape[1:])
+    return jax.make_array_from_single_device_arrays(whole, NamedSharding(mesh, PER_STAGE), shards)
+
+
+def _rows(mesh: Mesh, config: ModelConfig, table: Array) -> Array:
+    """Splits a vocabulary table over the stages."""
+    stages = mesh_sizes(mesh)[1]
+    rows = padded_vocabulary(config.vocab_size, stages)
+    if table.shape[0] != rows:
+        table = jnp.pad(table, [(0, rows - table.shape[0]), (0, 0)])
+    return jax.device_put(table, NamedSharding(mesh, PER_STAGE))
