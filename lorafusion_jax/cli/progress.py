@@ -130,9 +130,10 @@ class TrainProgress:
     def _evaluated(self, event: events.Evaluated) -> None:
         if event.step == 0:
             self.base[event.job] = event
-            self._screen.line(f"{event.job}  base model, eval {event.loss:.3f}")
         elif event.best:
             self.best[event.job] = event
+        who = "base model" if event.step == 0 else f"step {event.step}"
+        self._screen.line(f"{event.job}  {who}, eval {event.loss:.3f}")
         self._line(event.job).eval_loss = event.loss
         self._screen.refresh()
 

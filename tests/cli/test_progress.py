@@ -93,7 +93,8 @@ def test_base_and_best_are_kept(progress, capsys):
     progress(planned())
     for n, loss, best in ((0, 4.0, True), (2, 2.0, True), (4, 3.0, False)):
         progress(evaluated("sql", n, loss, best))
-    assert "sql  base model, eval 4.000" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sql  base model, eval 4.000" in out and "sql  step 4, eval 3.000" in out
     assert progress.base["sql"].loss == 4.0
     assert progress.best["sql"].loss == 2.0
 
