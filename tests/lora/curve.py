@@ -7,6 +7,7 @@ transformers and peft):
     python tests/lora/peft_curve.py /tmp/curve tests/lora/golden/peft_curve.json
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -74,8 +75,12 @@ def our_losses(base: lf.Base, output: Path, names=tuple(_SETTINGS)) -> dict[str,
     return losses
 
 
-def prepare(directory: Path) -> None:
-    """Writes the base model and, per job, its initial adapter, global batches and optimizer."""
+def prepare(directory: Path) -> str:
+    """Writes the base model and, per job, its initial adapter, global batches and optimizer.
+
+    Returns:
+        SHA-256 of the weights, tokens and settings.
+    """
     base = lf.load_base(write_tiny_llama(directory / "base"))
     linears = multi_linears(base.model)
     for name, settings in _SETTINGS.items():
@@ -95,6 +100,10 @@ def prepare(directory: Path) -> None:
         ]
         recipe = {"optim": config.optim.model_dump(), "batches": batches}
         (directory / name / "recipe.json").write_text(json.dumps(recipe))
+    files = [*directory.glob("**/*.safetensors"), *directory.glob("**/recipe.json")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+    (directory / "inputs.sha256").write_text(digest)
+    return digest
 
 
 if __name__ == "__main__":

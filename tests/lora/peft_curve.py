@@ -80,6 +80,7 @@ def main():
     names = sorted(path.parent.name for path in prepared.glob("*/recipe.json"))
     result = {
         "made_by": "tests/lora/peft_curve.py",
+        "inputs": (prepared / "inputs.sha256").read_text(),
         "versions": {m.__name__: str(m.__version__) for m in (torch, transformers, peft)},
         "losses": {
             name: {

@@ -45,11 +45,16 @@ def _assert_curves_agree(ours, theirs, factor=2.0):
         assert curve["float64"].min() < curve["float64"][0] - 0.3  # it learns: it could differ
         actual = np.array(losses, np.float32)
         reference = curve["float32"].astype(np.float32)
-        assert_error_ratio({name: actual}, {name: reference}, {name: curve["float64"]}, factor)
+        # The floor is 1e-6 of the loss: other machines round other sums.
+        assert_error_ratio(
+            {name: actual}, {name: reference}, {name: curve["float64"]}, factor, floor_ulp=8
+        )
 
 
 def test_twenty_steps_of_two_adapters_together_follow_pefts_curves_alone(base, tmp_path):
-    theirs = json.loads(GOLDEN.read_text())["losses"]
+    golden = json.loads(GOLDEN.read_text())
+    assert golden["inputs"] == prepare(tmp_path / "prepared"), "make the golden again: see curve.py"
+    theirs = golden["losses"]
     ours = our_losses(base, tmp_path / "run")
     _assert_curves_agree(ours, theirs)
     swapped = {"plain": ours["rslora"], "rslora": ours["plain"]}
