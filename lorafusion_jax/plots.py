@@ -97,9 +97,10 @@ def plot_utilisation(plan: Plan, jobs: Mapping[str, Records], path: Path) -> Non
         base = heights
     top.set_ylim(0, 1)
     top.set_ylabel("real tokens / capacity")
-    top.set_title(f"filled {sum(base) / max(len(base), 1):.1%} on average", fontsize="medium")
+    filled = sum(base) / max(len(base), 1)
+    top.set_title(f"filled {filled:.1%} on average", fontsize="medium", loc="left")
     if jobs:
-        top.legend(fontsize="small", loc="lower right")
+        top.legend(fontsize="small", ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     bottom.plot(*throughput(plan, jobs), drawstyle="steps-pre")
     bottom.set_ylim(bottom=0)
     _finish(figure, bottom, path, "microbatch", "real tokens per second")
