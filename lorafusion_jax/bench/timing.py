@@ -1,0 +1,61 @@
+"""Two clocks: wall time of many calls in flight, and the GPU's own time per kernel."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+
+
+def _drain(results) -> None:
+    jax.block_until_ready(results)
+
+
+def seconds_per_call(call: Callable, arguments: Sequence[tuple], calls: int) -> float:
+    """Times `calls` calls in flight, rotating over several sets of arguments."""
+    results = []
+    start = time.perf_counter()
+    for index in range(calls):
+        results = call(*arguments[index % len(arguments)])
+    _drain(results)
+    return (time.perf_counter() - start) / calls
+
+
+def sustained(
+    calls: dict[str, tuple[Callable, Sequence[tuple]]], *, rounds: int = 5, seconds: float = 0.12
+) -> dict[str, float]:
+    """Returns the median time per call of each, in ms, all taking turns.
+
+    Turns matter: under sustained load a GPU lowers its clock, and what ran last ran slower.
+
+    Args:
+        calls: function and sets of arguments to rotate over, by name.
+        rounds: turns that each takes.
+        seconds: length of a turn.
+    """
+    counts = {}
+    for name, (call, arguments) in calls.items():
+        _drain([call(*each) for each in arguments])
+        counts[name] = max(4, int(seconds / seconds_per_call(call, arguments, 6)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, (call, arguments) in calls.items():
+            samples[name].append(seconds_per_call(call, arguments, counts[name]))
+    return {name: statistics.median(values) * 1e3 for name, values in samples.items()}
+
+
+def kernel_times(call: Callable, arguments: tuple, repeat: int = 5) -> list[tuple[str, float]]:
+    """Returns name and median time in us of each kernel of a call, from CUPTI.
+
+    XLA must not have turned the call into a CUDA graph (--xla_gpu_enable_command_buffer=).
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    _drain(call(*arguments))
+    runs = [profiler.measure(call, aggregate=False)(*arguments)[1] for _ in range(repeat)]
+    if any(not isinstance(run, list) or len(run) != len(runs[0]) for run in runs):
+        raise RuntimeError("CUPTI gave different kernels for equal calls: disable command buffers")
+    return [
+        (kernels[0][0], statistics.median(time for _, time in kernels) * 1e3)
+        for kernels in zip(*runs, strict=True)
+    ]

@@ -1,0 +1,234 @@
+"""The kernels on a Hopper GPU: right, repeatable to the bit, isolated. Run by `make test-gpu`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import fused_lora, fused_multi_lora
+from pallas_kernels.dropout import keep_mask
+from pallas_kernels.lora import mosaic_gpu, spec
+from tests.kernels.oracle import make_problem, relative_error, run
+
+pytestmark = pytest.mark.gpu
+
+fused = partial(fused_multi_lora, implementation="mosaic_gpu")
+
+SHAPES = {
+    "plain": {"tiles": (0,) * 8, "k": 1024, "ns": (1024,), "rank": 16, "tile_rows": 128},
+    "many adapters": {
+        "tiles": (0, 1, 2, -1, 3, 3, 4, 0, 6, 7, -1), "k": 520, "ns": (264, 1032), "rank": 8,
+        "tile_rows": 128, "rates": (0.1, 0.0, 0.5, 0.05) * 2, "scales": (2.0, 0.5, 1.0, 4.0) * 2,
+        "padding": (5, 130, 700, 1407), "biased": True,
+    },
+    "grouped": {"tiles": (0, 1) * 4, "k": 512, "ns": (512, 128, 128), "rank": 64, "tile_rows": 128},
+    "rank 12": {"tiles": (1, 0), "k": 256, "ns": (256,), "rank": 12, "tile_rows": 128},
+    "rank 200": {"tiles": (1, 0, 1), "k": 320, "ns": (640, 64), "rank": 200, "tile_rows": 128},
+    "rank 256": {"tiles": (0, -1, 1), "k": 256, "ns": (264,), "rank": 256, "tile_rows": 128},
+    "ragged rows": {"tiles": (0,), "k": 264, "ns": (200,), "rank": 16, "tile_rows": 1000},
+    "few rows": {"tiles": (0,), "k": 8, "ns": (8,), "rank": 1, "tile_rows": 8},
+    "tiles of 256": {"tiles": (1, 0, -1), "k": 4096, "ns": (128,), "rank": 16, "tile_rows": 256},
+    "float16": {
+        "tiles": (0, 1), "k": 512, "ns": (256,), "rank": 16, "tile_rows": 128, "dtype": jnp.float16,
+    },
+    "no adapter": {"tiles": (-1, -1), "k": 256, "ns": (256,), "rank": 16, "tile_rows": 128},
+}  # fmt: skip
+
+
+def _problem(dtype=jnp.bfloat16, **shape):
+    return make_problem(dtype=dtype, **shape)
+
+
+def _in_float32(p):
+    """The same problem with every operand as the kernels see it, in float32."""
+    seen = jax.tree.map(lambda v: v.astype(p.x.dtype).astype(jnp.float32), p._replace(routing=()))
+    return seen._replace(routing=p.routing)
+
+
+def _assert_accurate(p):
+    """Asserts errors of at most 1.1 times those of the XLA formula in the same dtype."""
+    with jax.default_matmul_precision("highest"):
+        want = run(spec, _in_float32(p))
+    ours, xla = run(mosaic_gpu, p), run(spec, p)
+    bad = {}
+    for name, got, ref, true in zip(want._fields, ours, xla, want, strict=True):
+        triples = zip(*map(jax.tree.leaves, (got, ref, true)), strict=True)
+        for i, triple in enumerate(triples):
+            got_i, ref_i, true_i = (np.asarray(v, np.float32) for v in triple)
+            error, allowed = relative_error(got_i, true_i), relative_error(ref_i, true_i)
+            if not error <= 1.1 * allowed + 1e-4:
+                bad[f"{name}[{i}]"] = (error, allowed)
+    assert not bad, bad
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_as_accurate_as_xla(shape):
+    _assert_accurate(_problem(**shape))
+
+
+def test_the_comparison_sees_a_planted_mistake(monkeypatch):
+    p = _problem(**SHAPES["plain"])
+    right = spec.keep_scale
+    monkeypatch.setattr(mosaic_gpu, "keep_scale", lambda rate: right(rate) * 1.01)
+    with pytest.raises(AssertionError):
+        _assert_accurate(p)
+
+
+def _same_bits(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+def test_two_hundred_repetitions_give_the_same_bits():
+    p = _problem(
+        tiles=tuple(np.random.default_rng(0).integers(-1, 4, 16)), tile_rows=128, k=2048,
+        ns=(2048, 512), rank=16, rates=(0.1, 0.0, 0.2, 0.1), scales=(1.0,) * 4, padding=(7, 300),
+    )  # fmt: skip
+    step = jax.jit(lambda p: run(mosaic_gpu, p))
+    live = np.repeat(np.asarray(p.routing.tile_adapter) >= 0, 128)
+    first = step(p)
+    differ = jax.jit(
+        lambda one, other: sum(
+            jnp.sum(a != b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+        )
+    )
+    assert live.any() and all(jnp.isfinite(v).all() for v in jax.tree.leaves(first))
+    counts = [differ(first, step(p)) for _ in range(200)]
+    assert sum(int(count) for count in counts) == 0
+
+
+def _poison(p, rows, value):
+    rows = jnp.asarray(rows)
+    dys = tuple(dy.at[rows].set(value) for dy in p.dys)
+    return p._replace(x=p.x.at[rows].set(value), dys=dys)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_padding_rows_contribute_nothing_even_if_they_hold_nan(rate):
+    padding = (0, 63, 64, 127, 200, 511)
+    p = _problem(
+        tiles=(0, 1, -1, 0), tile_rows=128, k=512, ns=(256, 384), rank=16, rates=(rate, rate),
+        padding=padding,
+    )  # fmt: skip
+    rows = np.setdiff1d(np.arange(512), padding)
+    clean, nan = (
+        run(mosaic_gpu, _poison(p, padding, 0)),
+        run(mosaic_gpu, _poison(p, padding, np.nan)),
+    )
+    _same_bits((clean.ss, clean.da, clean.db), (nan.ss, nan.da, nan.db))
+    _same_bits([y[rows] for y in clean.ys], [y[rows] for y in nan.ys])
+    _same_bits(clean.dx[rows], nan.dx[rows])
+
+
+def test_nan_of_one_adapter_changes_no_bit_of_another():
+    p = _problem(tiles=(0, 1, -1, 1), tile_rows=128, k=512, ns=(256,), rank=16)
+    broken = _poison(p, range(128), np.nan)._replace(
+        a=tuple(v.at[0].set(np.nan) for v in p.a), b=tuple(v.at[0].set(np.inf) for v in p.b)
+    )
+    clean, nan = run(mosaic_gpu, p), run(mosaic_gpu, broken)
+    _same_bits((clean.ys[0][128:], clean.dx[128:]), (nan.ys[0][128:], nan.dx[128:]))
+    _same_bits((clean.da[0][1], clean.db[0][1]), (nan.da[0][1], nan.db[0][1]))
+    assert np.isnan(np.asarray(nan.da[0][0])).any()
+
+
+def test_mask_bits_are_those_of_the_definition():
+    p = _problem(tiles=(0, 1), tile_rows=128, k=256, ns=(64,), rank=64, rates=(0.25, 0.5))
+    rate = jnp.repeat(p.routing.rate, 128)
+    want = np.asarray(keep_mask(p.routing.row_key, p.routing.site, rate, 256))
+    for chunk in range(4):  # A picks 64 columns of X, all ones
+        pick = jnp.zeros((2, 64, 256)).at[:, jnp.arange(64), 64 * chunk + jnp.arange(64)].set(1)
+        ones = p._replace(x=jnp.ones_like(p.x), a=(pick,))
+        got = np.asarray(mosaic_gpu.forward(*ones.forward_args())[1][0]) != 0
+        np.testing.assert_array_equal(got, want[:, 64 * chunk : 64 * chunk + 64])
+    ones = p._replace(
+        ws=(jnp.zeros_like(p.ws[0]),),
+        a=tuple(jnp.ones_like(v) for v in p.a),
+        b=tuple(jnp.ones_like(v) for v in p.b),
+        dys=tuple(jnp.ones_like(v) for v in p.dys),
+    )
+    np.testing.assert_array_equal(np.asarray(run(mosaic_gpu, ones).dx) != 0, want)
+
+
+@pytest.mark.parametrize("wrt", [0, 1, 2], ids=["x", "a", "b"])
+def test_gradients_agree_with_finite_differences(wrt):
+    p = _problem(tiles=(0, 1), tile_rows=128, k=512, ns=(256,), rank=16, rates=(0.1, 0.2))
+    direction = jax.tree.map(
+        lambda v: jax.random.normal(jax.random.key(wrt), v.shape).astype(v.dtype),
+        (p.x, p.a, p.b)[wrt],
+    )
+
+    def loss(operand):
+        x, a, b = (operand if wrt == i else v for i, v in enumerate((p.x, p.a, p.b)))
+        (y,) = fused(x, p.ws, a, b, *p.routing)
+        return jnp.vdot(p.dys[0].astype(jnp.float32), y.astype(jnp.float32))
+
+    def moved(step):
+        return jax.tree.map(lambda v, d: v + step * d, (p.x, p.a, p.b)[wrt], direction)
+
+    grad = jax.grad(loss)((p.x, p.a, p.b)[wrt])
+    dots = jax.tree.map(
+        lambda g, d: jnp.vdot(*(v.astype(jnp.float32) for v in (g, d))), grad, direction
+    )
+    numeric = float(loss(moved(0.5)) - loss(moved(-0.5)))
+    scale = float(jnp.linalg.norm(p.dys[0].astype(jnp.float32))) * 16
+    assert abs(float(sum(jax.tree.leaves(dots))) - numeric) < 0.02 * max(scale, abs(numeric))
+
+
+def test_jit_scan_remat_grad_and_vmap():
+    p = _problem(tiles=(0, 1), tile_rows=128, k=256, ns=(256,), rank=16)
+    sites = jnp.arange(3, dtype=jnp.uint32)[:, None]
+
+    def net(x, a, b, implementation):
+        def layer(x, site):
+            (y,) = fused_multi_lora(
+                x, p.ws, a, b, *p.routing[:4], site, implementation=implementation
+            )
+            return jnp.tanh(y), None
+
+        return jax.lax.scan(jax.checkpoint(layer), x, sites)[0].astype(jnp.float32).sum()
+
+    grads = [
+        jax.jit(jax.grad(partial(net, implementation=name), argnums=(0, 1, 2)))(p.x, p.a, p.b)
+        for name in ("mosaic_gpu", "xla")
+    ]
+    for ours, xla in zip(*map(jax.tree.leaves, grads), strict=True):
+        assert relative_error(np.asarray(ours, np.float32), np.asarray(xla, np.float32)) < 0.03
+    batched = jax.jit(jax.vmap(lambda site: fused(p.x, p.ws, p.a, p.b, *p.routing[:4], site)[0]))(
+        sites
+    )
+    single = fused(p.x, p.ws, p.a, p.b, *p.routing[:4], sites[1])[0]
+    _same_bits(batched[1], single)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_gradients_inside_shard_map(kind):
+    p = _problem(tiles=(0, 1), tile_rows=128, k=256, ns=(256,), rank=16)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    rows, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+
+    def local(x, tile_adapter, row_key):
+        def loss(x, a):
+            routing = p.routing._replace(tile_adapter=tile_adapter, row_key=row_key)
+            return fused(x, p.ws, a, p.b, *routing)[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(x, p.a)
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, rows, rows), out_specs=(rows, whole), check_vma=False
+    )
+    args = (p.x, p.routing.tile_adapter, p.routing.row_key)
+    _same_bits(jax.jit(sharded)(*args), jax.jit(local)(*args))
+
+
+def test_the_default_implementation_here_is_ours():
+    p = _problem(tiles=(0,), tile_rows=128, k=256, ns=(256,), rank=16, rates=(0.0,), scales=(2.0,))
+    args = (p.x, p.ws[0], p.a[0][0], p.b[0][0], 2.0)
+    _same_bits(fused_lora(*args), fused_lora(*args, implementation="mosaic_gpu"))
+    in_float32 = fused_lora(*(v.astype(jnp.float32) for v in args[:2]), *args[2:])
+    assert in_float32.dtype == jnp.float32
+    with pytest.raises(ExceptionGroup):
+        fused_lora(
+            *(v.astype(jnp.float32) for v in args[:2]), *args[2:], implementation="mosaic_gpu"
+        )
