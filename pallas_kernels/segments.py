@@ -1,4 +1,4 @@
-"""Row tiles sorted by adapter, and ordered sums of partial results over them.
+"""Row tiles in tables, sorted by adapter, and ordered sums of partial results over them.
 
 Gradients of A and B are sums over the rows of each adapter. Blocks walk the tiles in the order of
 their adapter, so each (split, adapter) pair is one run: its partial result goes to row
@@ -12,37 +12,104 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import _mgpu as mgpu
+from pallas_kernels.dropout import drop_threshold, keep_scale
 
+TILE_ROWS = 128
 _CHUNK = 2048  # elements that a block sums at a time
+_FACTOR = 4  # column of a table; those before it are integers
 
 
-class TileOrder(NamedTuple):
-    """Row tiles sorted by adapter, those without one last.
+class Tiles(NamedTuple):
+    """What the kernels know of the rows.
 
     Attributes:
-        tile: the tiles in that order.
-        adapter: adapter of each of them, clamped to the last slot where there is none.
-        start: where each adapter's tiles begin in it, and the end of the last one's.
+        table: facts of each tile of 128 rows, see `TileFacts`; side by side, so that a kernel gets
+            them all in one memory latency (the integers among them are exact in float32).
+        walk: the same sorted by adapter, tiles without one last.
+        start: where each adapter's tiles begin in `walk`, and the end of the last one's.
+        row_key: dropout identity per row of whole tiles; 0 for padding and rows without adapter.
+        site: dropout site.
     """
 
-    tile: Int[Array, " tiles"]
-    adapter: Int[Array, " tiles"]
+    table: Float[Array, "tiles 5"]
+    walk: Float[Array, "tiles 5"]
     start: Int[Array, " E1"]
+    row_key: UInt32[Array, " Tp"]
+    site: UInt32[Array, " 1"]
 
 
-def order_tiles(tile_adapter: Int[Array, " tiles"], slots: int) -> TileOrder:
-    """Sorts the tiles by adapter, stably."""
-    key = jnp.where(tile_adapter < 0, slots, tile_adapter)
-    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+class TileFacts(NamedTuple):
+    """A row of a table, inside a kernel.
+
+    Attributes:
+        tile: which tile.
+        adapter: its slot, -1 for none.
+        threshold: drop threshold of the slot.
+        padding: 1 if any row is padding, else 0.
+        factor: LoRA scale times the factor of kept values.
+    """
+
+    tile: jax.Array
+    adapter: jax.Array
+    threshold: jax.Array
+    padding: jax.Array
+    factor: jax.Array
+
+
+def read_facts(table_ref, index) -> TileFacts:
+    """Reads a row of a table."""
+    integers = [
+        lax.convert_element_type(table_ref[index, column], jnp.int32) for column in range(_FACTOR)
+    ]
+    return TileFacts(*integers, table_ref[index, _FACTOR])
+
+
+def prepare(
+    scale: Float[Array, " E"],
+    rate: Float[Array, " E"],
+    tile_adapter: Int[Array, " tiles"],
+    row_key: UInt32[Array, " T"],
+    site: UInt32[Array, " 1"],
+) -> Tiles:
+    """Tabulates the rows for the kernels. The same for all layers of a step: XLA does it once.
+
+    Tiles may be any multiple of 128 rows, or a single one of any size.
+    """
+    rows, slots = row_key.shape[0], scale.shape[0]
+    num_tiles = -(-rows // TILE_ROWS)
+    adapter = tile_adapter.astype(jnp.int32)
+    if num_tiles != adapter.shape[0]:
+        adapter = jnp.repeat(adapter, num_tiles // adapter.shape[0])
+    keys = jnp.pad(row_key.astype(jnp.uint32), (0, num_tiles * TILE_ROWS - rows))
+    keys = keys.reshape(num_tiles, TILE_ROWS) * (adapter >= 0).astype(jnp.uint32)[:, None]
+    slot = jnp.maximum(adapter, 0)
+    factor = (scale * keep_scale(rate)).astype(jnp.float32)[slot]
+    columns = (
+        jnp.arange(num_tiles),
+        adapter,
+        drop_threshold(rate)[slot],
+        jnp.any(keys == 0, axis=1),
+        factor,
+    )
+    table = jnp.stack([column.astype(jnp.float32) for column in columns], axis=1)
+    walk, start = _sorted_by_adapter(table, adapter, slots)
+    return Tiles(table, walk, start, keys.reshape(-1), site.astype(jnp.uint32))
+
+
+def _sorted_by_adapter(table, adapter, slots: int):
+    if slots == 1:  # tiles without adapter may stay: all their rows count as padding
+        return table, jnp.asarray([0, adapter.shape[0]], jnp.int32)
+    key = jnp.where(adapter < 0, slots, adapter)
+    order = jnp.argsort(key, stable=True)
     start = jnp.sum(key[None, :] < jnp.arange(slots + 1)[:, None], axis=1, dtype=jnp.int32)
-    return TileOrder(order, jnp.minimum(key[order], slots - 1), start)
+    return table[order], start
 
 
 class Split(NamedTuple):
-    """A block's stretch of sorted tiles, inside a kernel: [first, last) of the walk."""
+    """A block's stretch of the walk, inside a kernel: tiles first to last, exclusive."""
 
     first: jax.Array
     last: jax.Array
@@ -56,12 +123,17 @@ def split_bounds(start_ref, slots: int, index, length: int) -> Split:
     return Split(first, jnp.minimum(first + length, used), index)
 
 
-def for_each_run(split: Split, adapter_ref, start_ref, run) -> None:
-    """Calls `run(slot, first, last, segment)` for each adapter of a stretch of sorted tiles."""
+def for_each_run(split: Split, walk_ref, start_ref, slots: int, run) -> None:
+    """Calls `run(slot, first, last, segment)` for each adapter of a stretch of the walk."""
 
     @mgpu.pl.when(split.first < split.last)
     def _():
-        @mgpu.pl.loop(adapter_ref[split.first], adapter_ref[split.last - 1] + 1)
+        if slots == 1:
+            run(jnp.int32(0), split.first, split.last, split.index)
+            return
+        low, high = (read_facts(walk_ref, p).adapter for p in (split.first, split.last - 1))
+
+        @mgpu.pl.loop(low, high + 1)
         def _(slot):
             first = jnp.maximum(split.first, start_ref[slot])
             last = jnp.minimum(split.last, start_ref[slot + 1])
@@ -78,7 +150,7 @@ def sum_segments(
 
     Args:
         parts: partial results by segment; rows that belong to no run are never read.
-        start: as in `TileOrder`.
+        start: as in `Tiles`.
         split_length: tiles per split.
     """
     _, rank, columns = parts.shape

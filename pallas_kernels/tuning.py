@@ -133,5 +133,7 @@ def grad_up_tiles(rows: int, widths: tuple[int, ...], rank: int) -> GradUpTiles:
 
 def grad_down_tiles(rows: int, k: int, rank: int) -> GradDownTiles:
     """Returns the sizes of `grad_down` for an input of `rows` x `k`."""
-    blocks = -(-k // 128) * -(-rank // 64)
-    return GradDownTiles(splits=_splits(blocks, -(-rows // _TILE_ROWS)))
+    chunks = min(3, -(-rank // 64))
+    blocks = -(-k // 128) * -(-rank // (64 * chunks))
+    stages = min(4, (_SMEM_BYTES - 32_768) // (2 * _TILE_ROWS * (128 + 64 * chunks)))
+    return GradDownTiles(128, stages, _splits(blocks, -(-rows // _TILE_ROWS)))

@@ -6,12 +6,12 @@ each loads only its own columns of S and its own adapter's rows of B.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
+from pallas_kernels.segments import Tiles
 from pallas_kernels.tuning import GemmTiles
 
 
@@ -21,8 +21,8 @@ def base_up(
     ss: tuple[Float[Array, "T _"], ...],
     b: tuple[Float[Array, "E _ _"], ...],
     biases: tuple[Float[Array, " _"] | None, ...],
-    tile_adapter: Int[Array, " tiles"],
-    tiles: GemmTiles,
+    rows: Tiles,
+    sizes: GemmTiles,
 ) -> tuple[Float[Array, "T _"], ...]:
     """Returns the output of each projection in X's dtype.
 
@@ -32,10 +32,10 @@ def base_up(
         ss: S of each projection, from `down`.
         b: up-projections [slots, rank, out] in x's dtype; ranks multiples of 8.
         biases: frozen biases or None.
-        tile_adapter: slot of each tile of 128 rows, -1 for none.
-        tiles: sizes.
+        rows: routing of the rows.
+        sizes: tile sizes.
     """
-    (rows, k), dtype, group = x.shape, x.dtype, len(ws)
+    (num_rows, k), dtype, group = x.shape, x.dtype, len(ws)
     widths = [w.shape[1] for w in ws]
     base_steps = gemm.steps_of(k)
     lora_steps = [gemm.steps_of(s.shape[1]) for s in ss]
@@ -46,33 +46,32 @@ def base_up(
         if bias is not None
     ]
 
-    def body(x_g, tile_g, *rest):
+    def body(x_g, table_g, *rest):
         w_gs, s_gs, b_gs = (rest[i * group : (i + 1) * group] for i in range(3))
         rest = rest[3 * group :]
         found = iter(rest[: len(padded_biases)])
         bias_gs = [None if bias is None else next(found) for bias in biases]
         rest = rest[len(padded_biases) :]
         y_gs, (x_s, w_s, full, empty, staged) = rest[:group], rest[group:]
-        ring = mgpu.Ring((x_s, w_s), full, empty, tiles.stages)
+        ring = mgpu.Ring((x_s, w_s), full, empty, sizes.stages)
 
-        def steps(row, i):
-            """Slot of a row tile's adapter and the tile's number of LoRA steps."""
-            adapter = tile_g[lax.div(row, jnp.int32(TILE_M))]
-            count = jnp.where(adapter >= 0, jnp.int32(lora_steps[i]), jnp.int32(0))
-            return jnp.maximum(adapter, 0), count
+        def steps(facts, i):
+            """Ring steps of a tile's LoRA term."""
+            return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps[i]), jnp.int32(0))
 
         def memory():
             walked, step = 0, jnp.int32(0)
             for i in range(group):
 
-                def visit(row, column, step, i=i):
+                def visit(row, column, step, facts, i=i):
                     rows_, columns = mgpu.pl.ds(row, TILE_M), mgpu.pl.ds(column, TILE_N)
-                    slot, count = steps(row, i)
 
                     @mgpu.pl.loop(0, base_steps)
                     def _(index):
                         depth = mgpu.pl.ds(index * TILE_K, TILE_K)
                         ring.fill(step + index, (x_g.at[rows_, depth], w_gs[i].at[depth, columns]))
+
+                    slot, count = jnp.maximum(facts.adapter, 0), steps(facts, i)
 
                     @mgpu.pl.loop(0, count)
                     def _(index):
@@ -84,11 +83,13 @@ def base_up(
 
                     return step + base_steps + count
 
-                walked, step = gemm.walk(rows, widths[i], tiles, sms, walked, step, visit)
+                walked, step = gemm.walk(
+                    table_g, (num_rows, widths[i]), sizes, sms, walked, step, visit
+                )
             ring.drain(step)
 
         def compute(warpgroup):
-            shape, row0, column0 = gemm.share(warpgroup, tiles)
+            shape, row0, column0 = gemm.share(warpgroup, sizes)
             my_rows, my_columns = mgpu.pl.ds(row0, shape[0]), mgpu.pl.ds(column0, shape[1])
 
             def operands(x_tile, w_tile):
@@ -97,8 +98,8 @@ def base_up(
             walked, step = 0, jnp.int32(0)
             for i in range(group):
 
-                def visit(row, column, step, i=i):
-                    count = base_steps + steps(row, i)[1]
+                def visit(row, column, step, facts, i=i):
+                    count = base_steps + steps(facts, i)
                     value = mgpu.accumulate(
                         shape, lambda acc: gemm.contract(ring, acc, step, count, operands)
                     )
@@ -114,7 +115,9 @@ def base_up(
                     )
                     return step + count
 
-                walked, step = gemm.walk(rows, widths[i], tiles, sms, walked, step, visit)
+                walked, step = gemm.walk(
+                    table_g, (num_rows, widths[i]), sizes, sms, walked, step, visit
+                )
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)
@@ -122,13 +125,13 @@ def base_up(
     return tuple(
         mgpu.launch(
             body,
-            out_type=tuple(jax.ShapeDtypeStruct((rows, n), dtype) for n in widths),
+            out_type=tuple(jax.ShapeDtypeStruct((num_rows, n), dtype) for n in widths),
             grid=(sms,),
             grid_names=("sm",),
             scratch=(
-                *gemm.ring_scratch(tiles, dtype, transposed=False),
+                *gemm.ring_scratch(sizes, dtype, transposed=False),
                 gemm.epilogue_scratch(dtype),
             ),
             name="lora_base_up",
-        )(x, tile_adapter, *ws, *ss, *b, *padded_biases)
+        )(x, rows.table, *ws, *ss, *b, *padded_biases)
     )

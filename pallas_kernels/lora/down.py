@@ -6,77 +6,72 @@ warpgroups take alternate column steps and are summed through SMEM.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora.mask import load_keys, mask_tile, row_mask
+from pallas_kernels.segments import TILE_ROWS, Tiles, read_facts
 from pallas_kernels.tuning import DownTiles
 
-ROWS = 64  # per block
-_TILE_ROWS = 128  # per adapter
+_ROWS = 64  # per block
 
 
 def down(
     x: Float[Array, "T K"],
     a: Float[Array, "E RC K"],
-    tile_adapter: Int[Array, " tiles"],
-    factor: Float[Array, " E"],
-    threshold: Int[Array, " E"],
-    row_key: UInt32[Array, " Tp"],
-    site: UInt32[Array, " 1"],
+    rows: Tiles,
     ranks: tuple[int, ...],
-    tiles: DownTiles,
+    sizes: DownTiles,
 ) -> tuple[Float[Array, "T _"], ...]:
     """Returns S of each projection in X's dtype; zero in padding rows and tiles without adapter.
 
     Args:
         x: input rows.
         a: down-projections of all projections, concatenated along the rank, in x's dtype.
-        tile_adapter: slot of each tile of 128 rows, -1 for none.
-        factor: LoRA scale times the factor of kept values, per slot.
-        threshold: drop threshold per slot.
-        row_key: dropout identity per row, padded with zeros to whole tiles.
-        site: dropout site.
+        rows: routing of the rows.
         ranks: rank of each projection, multiples of 8 that add up to RC.
-        tiles: sizes.
+        sizes: tile sizes.
     """
-    (rows, k), rank, dtype = x.shape, a.shape[1], x.dtype
-    steps = 2 * -(-k // (2 * tiles.tile_k * tiles.splits))  # per split; both warpgroups alike
-    stages = min(tiles.stages, steps)
-    whole = tiles.splits == 1
+    (num_rows, k), rank, dtype = x.shape, a.shape[1], x.dtype
+    tile_k, whole = sizes.tile_k, sizes.splits == 1
+    steps = 2 * -(-k // (2 * tile_k * sizes.splits))  # per split; both warpgroups alike
+    stages = min(sizes.stages, steps)
     out_dtype = dtype if whole else jnp.float32
 
-    def body(x_g, a_g, tile_g, factor_g, threshold_g, key_g, site_g, *rest):
+    def body(x_g, a_g, table_g, key_g, site_g, *rest):
         out_gs, (x_s, a_s, sum_s, *out_ss, full, empty, summed) = (
             rest[: len(ranks)],
             rest[len(ranks) :],
         )
         block, split = jax.lax.axis_index("rows"), jax.lax.axis_index("split")
-        first_row, first_step = block * ROWS, split * steps
-        adapter = tile_g[block * ROWS // _TILE_ROWS]
-        slot = jnp.maximum(adapter, 0)
-        count = jnp.where(adapter >= 0, jnp.int32(steps), jnp.int32(0))
+        here, first_step = mgpu.pl.ds(block * _ROWS, _ROWS), split * steps
+        facts = read_facts(table_g, block * _ROWS // TILE_ROWS)
+        count = jnp.where(facts.adapter >= 0, jnp.int32(steps), jnp.int32(0))
         ring = mgpu.Ring((x_s, a_s), full, empty, stages)
 
         def memory():
+            slot = jnp.maximum(facts.adapter, 0)
+
             @mgpu.pl.loop(0, count)
             def _(step):
-                columns = mgpu.pl.ds((first_step + step) * tiles.tile_k, tiles.tile_k)
-                rows_ = mgpu.pl.ds(first_row, ROWS)
-                ring.fill(step, (x_g.at[rows_, columns], a_g.at[slot, :, columns]))
+                columns = mgpu.pl.ds((first_step + step) * tile_k, tile_k)
+                ring.fill(step, (x_g.at[here, columns], a_g.at[slot, :, columns]))
 
             ring.drain(count)
 
         def products(warpgroup, accumulator):
-            mask = row_mask(load_keys(key_g, first_row, ROWS), site_g[0], threshold_g[slot])
+            mask = row_mask(load_keys(key_g.at[here]), site_g[0], facts.threshold)
 
             @mgpu.pl.loop(0, count // 2)
             def _(pair):
                 # The number of stages is even: a barrier is only ever waited on by one warpgroup.
                 step = 2 * pair + warpgroup
                 x_tile, a_tile = ring.take(step)
-                first_column = (first_step + step) * tiles.tile_k
-                mask_tile(x_tile, mask, threshold_g[slot], first_column)
+
+                @mgpu.pl.when((facts.threshold > 0) | (facts.padding > 0))
+                def _():
+                    mask_tile(x_tile, mask, facts.threshold, (first_step + step) * tile_k)
+
                 mgpu.wgmma(accumulator, x_tile, a_tile.transpose((1, 0)))
                 mgpu.wgmma_wait(0)
                 ring.release(step)
@@ -87,14 +82,11 @@ def down(
                 out_s[...] = total[:, low : low + r].astype(out_dtype)
                 low += r
                 mgpu.commit_smem()
-                rows_ = mgpu.pl.ds(first_row, ROWS)
-                mgpu.copy_smem_to_gmem(
-                    out_s, out_g.at[rows_, :] if whole else out_g.at[split, rows_, :]
-                )
+                mgpu.copy_smem_to_gmem(out_s, out_g.at[here] if whole else out_g.at[split, here])
             mgpu.wait_smem_to_gmem(0)
 
         def compute(warpgroup):
-            part = mgpu.accumulate((ROWS, rank), lambda acc: products(warpgroup, acc))
+            part = mgpu.accumulate((_ROWS, rank), lambda acc: products(warpgroup, acc))
 
             @mgpu.pl.when(warpgroup == 1)
             def _():
@@ -105,24 +97,24 @@ def down(
             def _():
                 mgpu.barrier_wait(summed)
                 other = mgpu.load(sum_s, layout=mgpu.Layout.WGMMA)
-                store((part + other) * factor_g[slot])
+                store((part + other) * facts.factor)
 
         mgpu.warp_specialize(memory, compute)
 
-    lead = () if whole else (tiles.splits,)
+    lead = () if whole else (sizes.splits,)
     outs = mgpu.launch(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct((*lead, rows, r), out_dtype) for r in ranks),
-        grid=(-(-rows // ROWS), tiles.splits),
+        out_type=tuple(jax.ShapeDtypeStruct((*lead, num_rows, r), out_dtype) for r in ranks),
+        grid=(-(-num_rows // _ROWS), sizes.splits),
         grid_names=("rows", "split"),
         scratch=(
-            mgpu.tiles_buffer(stages, ROWS, tiles.tile_k, dtype),
-            mgpu.tiles_buffer(stages, rank, tiles.tile_k, dtype),
-            mgpu.SMEM((ROWS, rank), jnp.float32),
-            *(mgpu.SMEM((ROWS, r), out_dtype) for r in ranks),
+            mgpu.tiles_buffer(stages, _ROWS, tile_k, dtype),
+            mgpu.tiles_buffer(stages, rank, tile_k, dtype),
+            mgpu.SMEM((_ROWS, rank), jnp.float32),
+            *(mgpu.SMEM((_ROWS, r), out_dtype) for r in ranks),
             *mgpu.Ring.barriers(stages, copies=2, consumers=1),
             mgpu.Barrier(num_arrivals=1),
         ),
         name="lora_down",
-    )(x, a, tile_adapter, factor, threshold, row_key, site)
+    )(x, a, rows.table, rows.row_key, rows.site)
     return tuple(outs) if whole else tuple(out.sum(0).astype(dtype) for out in outs)

@@ -7,12 +7,13 @@ scale and the factor of kept values.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
 from pallas_kernels.lora.mask import clear_padding, drop, load_keys, row_mask
+from pallas_kernels.segments import Tiles
 from pallas_kernels.tuning import GemmTiles
 
 
@@ -21,11 +22,8 @@ def dx(
     ws: tuple[Float[Array, "K _"], ...],
     ds: Float[Array, "T RC"],
     a_t: Float[Array, "E K RC"],
-    tile_adapter: Int[Array, " tiles"],
-    threshold: Int[Array, " E"],
-    row_key: UInt32[Array, " Tp"],
-    site: UInt32[Array, " 1"],
-    tiles: GemmTiles,
+    rows: Tiles,
+    sizes: GemmTiles,
 ) -> Float[Array, "T K"]:
     """Returns the gradient of X in its dtype.
 
@@ -34,31 +32,27 @@ def dx(
         ws: frozen weights.
         ds: gradient of all projections' S side by side, from `grad_up`.
         a_t: transposed down-projections of all projections side by side.
-        tile_adapter: slot of each tile of 128 rows, -1 for none.
-        threshold: drop threshold per slot.
-        row_key: dropout identity per row, padded with zeros to whole tiles.
-        site: dropout site.
-        tiles: sizes.
+        rows: routing of the rows.
+        sizes: tile sizes.
     """
-    rows, k, dtype, group = dys[0].shape[0], ws[0].shape[0], dys[0].dtype, len(ws)
+    num_rows, k, dtype, group = dys[0].shape[0], ws[0].shape[0], dys[0].dtype, len(ws)
     depths = [gemm.steps_of(w.shape[1]) for w in ws]
     base_steps, lora_steps = sum(depths), gemm.steps_of(ds.shape[1])
     sms = mgpu.num_sms()
 
-    def body(ds_g, a_g, tile_g, threshold_g, key_g, site_g, *rest):
+    def body(ds_g, a_g, table_g, key_g, site_g, *rest):
         dy_gs, w_gs = rest[:group], rest[group : 2 * group]
         dx_g, x_s, w_s, full, empty, staged = rest[2 * group :]
-        ring = mgpu.Ring((x_s, w_s), full, empty, tiles.stages)
+        ring = mgpu.Ring((x_s, w_s), full, empty, sizes.stages)
 
-        def steps(row):
-            adapter = tile_g[lax.div(row, jnp.int32(TILE_M))]
-            count = jnp.where(adapter >= 0, jnp.int32(lora_steps), jnp.int32(0))
-            return jnp.maximum(adapter, 0), count
+        def steps(facts):
+            """Ring steps of a tile's LoRA term."""
+            return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps), jnp.int32(0))
 
         def memory():
-            def visit(row, column, step):
+            def visit(row, column, step, facts):
                 rows_, columns = mgpu.pl.ds(row, TILE_M), mgpu.pl.ds(column, TILE_N)
-                slot, count = steps(row)
+                slot, count = jnp.maximum(facts.adapter, 0), steps(facts)
 
                 @mgpu.pl.loop(0, count)
                 def _(index):
@@ -76,10 +70,11 @@ def dx(
                     step = lax.fori_loop(0, steps_i, one, step)
                 return step
 
-            ring.drain(gemm.walk(rows, k, tiles, sms, 0, jnp.int32(0), visit)[1])
+            walked = gemm.walk(table_g, (num_rows, k), sizes, sms, 0, jnp.int32(0), visit)
+            ring.drain(walked[1])
 
         def compute(warpgroup):
-            shape, row0, column0 = gemm.share(warpgroup, tiles)
+            shape, row0, column0 = gemm.share(warpgroup, sizes)
             my_rows, my_columns = mgpu.pl.ds(row0, shape[0]), mgpu.pl.ds(column0, shape[1])
 
             def operands(dy_tile, w_tile):
@@ -90,14 +85,13 @@ def dx(
                 def _():
                     gemm.contract(ring, accumulator, step, count, operands)
 
-            def visit(row, column, step):
-                slot, count = steps(row)
+            def visit(row, column, step, facts):
+                count, threshold = steps(facts), facts.threshold
+                keys = load_keys(key_g.at[mgpu.pl.ds(row + row0, shape[0])])
                 value = mgpu.accumulate(shape, lambda acc: lora(acc, step, count))
-                mask = row_mask(
-                    load_keys(key_g, row + row0, shape[0]), site_g[0], threshold_g[slot]
-                )
+                mask = row_mask(keys, site_g[0], threshold)
                 value = lax.cond(
-                    threshold_g[slot] > 0,
+                    threshold > 0,
                     lambda v: drop(v, mask, column + column0),
                     lambda v: clear_padding(v, mask),
                     value,
@@ -113,19 +107,19 @@ def dx(
                 )
                 return step + base_steps
 
-            gemm.walk(rows, k, tiles, sms, 0, jnp.int32(0), visit)
+            gemm.walk(table_g, (num_rows, k), sizes, sms, 0, jnp.int32(0), visit)
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)
 
     return mgpu.launch(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, k), dtype),
+        out_type=jax.ShapeDtypeStruct((num_rows, k), dtype),
         grid=(sms,),
         grid_names=("sm",),
         scratch=(
-            *gemm.ring_scratch(tiles, dtype, transposed=True),
+            *gemm.ring_scratch(sizes, dtype, transposed=True),
             gemm.epilogue_scratch(dtype),
         ),
         name="lora_dx",
-    )(ds, a_t, tile_adapter, threshold, row_key, site, *dys, *ws)
+    )(ds, a_t, rows.table, rows.row_key, rows.site, *dys, *ws)

@@ -12,47 +12,54 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu as mgpu
+from pallas_kernels.segments import TILE_ROWS, read_facts
 from pallas_kernels.tuning import GemmTiles
 
-TILE_M, TILE_N, TILE_K = 128, 256, 64
+TILE_M, TILE_N, TILE_K = TILE_ROWS, 256, 64
 _EPILOGUE = 64  # rows and columns of a staged piece of output
 _EPILOGUE_SLOTS = 2
 
 
 def walk(
-    rows: int, columns: int, tiles: GemmTiles, sms: int, before: int, step, visit: Callable
+    table_g, shape: tuple[int, int], sizes: GemmTiles, sms: int, before: int, step, visit: Callable
 ) -> tuple[int, jax.Array]:
     """Visits this block's tiles of one output, continuing the grid's round over all outputs.
 
     Args:
-        rows: rows of the output.
-        columns: columns of the output.
-        tiles: order of the walk.
+        table_g: facts of the row tiles. Those of the next tile are read while this one is worked
+            on, so that their latency is hidden.
+        shape: rows and columns of the output.
+        sizes: order of the walk.
         sms: number of blocks.
         before: tiles of the outputs already walked, over all blocks.
         step: ring step that the first tile starts with.
-        visit: called with first row, first column and step; returns the next tile's step.
+        visit: called with first row, first column, step and facts; returns the next tile's step.
 
     Returns:
         The count of tiles walked so far over all blocks, and the next step.
     """
-    counts = (-(-rows // TILE_M), -(-columns // TILE_N))
+    counts = (-(-shape[0] // TILE_M), -(-shape[1] // TILE_N))
     total = counts[0] * counts[1]
     start = lax.rem(lax.axis_index("sm") + jnp.int32(sms - before % sms), jnp.int32(sms))
     mine = lax.div(jnp.int32(total + sms - 1) - start, jnp.int32(sms))
 
-    def one(turn, step):
-        row, column = mgpu.planar_snake(
-            start + turn * sms, counts, "mn".index(tiles.minor), tiles.width
-        )
-        return visit(row * TILE_M, column * TILE_N, step)
+    def locate(turn):
+        index = jnp.minimum(start + turn * sms, total - 1)
+        return mgpu.planar_snake(index, counts, "mn".index(sizes.minor), sizes.width)
 
-    return before + total, lax.fori_loop(0, mine, one, step)
+    def one(turn, carry):
+        step, facts = carry
+        row, column = locate(turn)
+        following = read_facts(table_g, locate(turn + 1)[0])
+        return visit(row * TILE_M, column * TILE_N, step, facts), following
+
+    first = read_facts(table_g, locate(jnp.int32(0))[0])
+    return before + total, lax.fori_loop(0, mine, one, (step, first))[0]
 
 
-def share(warpgroup, tiles: GemmTiles) -> tuple:
+def share(warpgroup, sizes: GemmTiles) -> tuple:
     """Shape and offsets of a warpgroup's part of the block's tile."""
-    if tiles.split == "m":
+    if sizes.split == "m":
         return (TILE_M // 2, TILE_N), warpgroup * (TILE_M // 2), 0
     return (TILE_M, TILE_N // 2), 0, warpgroup * (TILE_N // 2)
 
@@ -80,13 +87,13 @@ def contract(ring: mgpu.Ring, accumulator, first, count, operands: Callable) -> 
     ring.release(first + count - 1)
 
 
-def ring_scratch(tiles: GemmTiles, dtype, *, transposed: bool) -> tuple:
+def ring_scratch(sizes: GemmTiles, dtype, *, transposed: bool) -> tuple:
     """SMEM and barriers of the ring; `transposed` for weights taken as [out, in] blocks."""
     block = (TILE_N, TILE_K) if transposed else (TILE_K, TILE_N)
     return (
-        mgpu.tiles_buffer(tiles.stages, TILE_M, TILE_K, dtype),
-        mgpu.SMEM((tiles.stages, *block), dtype, transforms=mgpu.swizzled(TILE_K, dtype)),
-        *mgpu.Ring.barriers(tiles.stages, copies=2, consumers=2),
+        mgpu.tiles_buffer(sizes.stages, TILE_M, TILE_K, dtype),
+        mgpu.SMEM((sizes.stages, *block), dtype, transforms=mgpu.swizzled(TILE_K, dtype)),
+        *mgpu.Ring.barriers(sizes.stages, copies=2, consumers=2),
     )
 
 

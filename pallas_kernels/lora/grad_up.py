@@ -9,14 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels import segments
 from pallas_kernels.lora.mask import clear_padding, load_keys, row_mask
+from pallas_kernels.segments import TILE_ROWS, Tiles, read_facts
 from pallas_kernels.tuning import GradUpTiles
 
-_ROWS = 128
 _COLUMNS = 128  # per step; the warpgroups halve its rows for dS and its columns for dB
 _RANKS = 64  # ranks at a time
 
@@ -43,41 +43,36 @@ def grad_up(
     dys: tuple[Float[Array, "T _"], ...],
     b: tuple[Float[Array, "E _ _"], ...],
     ss: tuple[Float[Array, "T _"], ...],
-    order: segments.TileOrder,
-    factor: Float[Array, " E"],
-    row_key: UInt32[Array, " Tp"],
-    has_padding: Int[Array, " tiles"],
-    tiles: GradUpTiles,
+    rows: Tiles,
+    sizes: GradUpTiles,
 ) -> tuple[Float[Array, "T RC"], tuple[Float[Array, "E _ _"], ...]]:
     """Returns dS of all projections side by side in dY's dtype, and each dB in float32.
 
-    dS is exactly zero in padding rows and undefined in tiles without adapter.
+    dS carries the LoRA scale and the factor of kept values; it is exactly zero in padding rows and
+    undefined in tiles without adapter.
 
     Args:
         dys: gradients of the outputs.
         b: up-projections [slots, rank, out] in dY's dtype; ranks multiples of 8.
         ss: S of each projection, from `down`.
-        order: tiles sorted by adapter.
-        factor: LoRA scale times the factor of kept values, per slot.
-        row_key: dropout identity per row, padded with zeros to whole tiles.
-        has_padding: per tile, 1 if a row of it is padding.
-        tiles: sizes.
+        rows: routing of the rows.
+        sizes: tile sizes.
     """
-    rows, dtype, group = dys[0].shape[0], dys[0].dtype, len(dys)
-    slots, num_tiles = factor.shape[0], order.tile.shape[0]
+    num_rows, dtype, group = dys[0].shape[0], dys[0].dtype, len(dys)
+    slots, num_tiles = rows.start.shape[0] - 1, rows.walk.shape[0]
     widths, ranks = [dy.shape[1] for dy in dys], [s.shape[1] for s in ss]
-    length = -(-num_tiles // tiles.splits)
+    length = -(-num_tiles // sizes.splits)
     splits = -(-num_tiles // length)
-    parts = _parts(widths, ranks, tiles.panel, splits)
+    parts = _parts(widths, ranks, sizes.panel, splits)
     width = min(_RANKS, max(ranks))  # ranks of B loaded per step
-    columns_steps = tiles.panel // _COLUMNS
+    columns_steps = sizes.panel // _COLUMNS
 
-    def body(tile_g, adapter_g, start_g, factor_g, key_g, padding_g, *rest):
+    def body(walk_g, start_g, key_g, *rest):
         dy_gs, b_gs, s_gs, ds_gs, db_gs = (rest[i * group : (i + 1) * group] for i in range(5))
         dy_s, b_s, s_s, db_s, *ds_s, full, empty, cleared = rest[5 * group :]
         ds_s = ds_s[0] if ds_s else db_s
         block = lax.axis_index("block")
-        ring = mgpu.Ring((dy_s, b_s, s_s), full, empty, tiles.stages)
+        ring = mgpu.Ring((dy_s, b_s, s_s), full, empty, sizes.stages)
 
         def where(part):
             """Split, panel and first rank of this block within a projection."""
@@ -96,14 +91,15 @@ def grad_up(
                     do(i, *where(part))
 
         def load(i, split, panel, first_rank):
-            def tile(slot, first, last, segment):
+            def run(slot, first, last, segment):
                 @mgpu.pl.loop(first, last)
                 def _(position):
-                    here = mgpu.pl.ds(tile_g[position] * _ROWS, _ROWS)
+                    tile = read_facts(walk_g, position).tile
+                    here = mgpu.pl.ds(tile * TILE_ROWS, TILE_ROWS)
 
                     @mgpu.pl.loop(0, columns_steps)
                     def _(index):
-                        columns = mgpu.pl.ds(panel * tiles.panel + index * _COLUMNS, _COLUMNS)
+                        columns = mgpu.pl.ds(panel * sizes.panel + index * _COLUMNS, _COLUMNS)
                         ring.fill(
                             (position - split.first) * columns_steps + index,
                             (
@@ -113,13 +109,13 @@ def grad_up(
                             ),
                         )
 
-            segments.for_each_run(split, adapter_g, start_g, tile)
+            segments.for_each_run(split, walk_g, start_g, slots, run)
             ring.drain((split.last - split.first) * columns_steps)
 
         def clear(dy_tile, tile, warpgroup):
             """Zeroes the padding rows of dY, a half of the rows by each warpgroup."""
             half = mgpu.pl.ds(warpgroup * 64, 64)
-            keys = load_keys(key_g, tile * _ROWS + warpgroup * 64, 64)
+            keys = load_keys(key_g.at[mgpu.pl.ds(tile * TILE_ROWS + warpgroup * 64, 64)])
             mask = row_mask(keys, jnp.uint32(0), jnp.int32(0))
             value = mgpu.load(dy_tile.at[half, :], layout=mgpu.Layout.WGMMA)
             dy_tile[half, :] = clear_padding(value, mask)
@@ -136,15 +132,14 @@ def grad_up(
         def process(warpgroup, i, split, panel, first_rank):
             half = mgpu.pl.ds(warpgroup * 64, 64)
 
-            def tile_products(ds_acc, db_accs, position):
-                tile = tile_g[position]
+            def tile_products(ds_acc, db_accs, position, facts):
                 for index, db_acc in enumerate(db_accs):
                     step = (position - split.first) * columns_steps + index
                     dy_tile, b_tile, s_tile = ring.take(step)
 
-                    @mgpu.pl.when(padding_g[tile] > 0)
+                    @mgpu.pl.when(facts.padding > 0)
                     def _(dy_tile=dy_tile):
-                        clear(dy_tile, tile, warpgroup)
+                        clear(dy_tile, facts.tile, warpgroup)
 
                     mgpu.wgmma(ds_acc, dy_tile.at[half, :], b_tile.transpose((1, 0)))
                     mgpu.wgmma(db_acc, s_tile.transpose((1, 0)), dy_tile.at[:, half])
@@ -155,24 +150,25 @@ def grad_up(
                 def products(*db_accs):
                     @mgpu.pl.loop(first, last)
                     def _(position):
+                        facts = read_facts(walk_g, position)
                         ds = mgpu.accumulate(
-                            (64, width), lambda acc: tile_products(acc, db_accs, position)
+                            (64, width), lambda acc: tile_products(acc, db_accs, position, facts)
                         )
-                        here = mgpu.pl.ds(tile_g[position] * _ROWS + warpgroup * 64, 64)
+                        here = mgpu.pl.ds(facts.tile * TILE_ROWS + warpgroup * 64, 64)
                         destination = ds_gs[i].at[panel, here, mgpu.pl.ds(first_rank, width)]
-                        store(ds * factor_g[slot], ds_s.at[warpgroup], destination)
+                        store(ds * facts.factor, ds_s.at[warpgroup], destination)
 
                     return [acc[...] for acc in db_accs]
 
                 dbs = mgpu.accumulate_all([(_RANKS, 64)] * columns_steps, products)
                 for index, db in enumerate(dbs):
-                    column = panel * tiles.panel + index * _COLUMNS + warpgroup * 64
+                    column = panel * sizes.panel + index * _COLUMNS + warpgroup * 64
                     ranks_ = mgpu.pl.ds(first_rank, _RANKS)
                     store(
                         db, db_s.at[warpgroup], db_gs[i].at[segment, ranks_, mgpu.pl.ds(column, 64)]
                     )
 
-            segments.for_each_run(split, adapter_g, start_g, run)
+            segments.for_each_run(split, walk_g, start_g, slots, run)
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(
@@ -185,7 +181,7 @@ def grad_up(
         body,
         out_type=(
             *(
-                jax.ShapeDtypeStruct((part.panels, rows, rank), f32)
+                jax.ShapeDtypeStruct((part.panels, num_rows, rank), f32)
                 for part, rank in zip(parts, ranks, strict=True)
             ),
             *(
@@ -196,14 +192,14 @@ def grad_up(
         grid=(sum(part.blocks for part in parts),),
         grid_names=("block",),
         scratch=(
-            mgpu.tiles_buffer(tiles.stages, _ROWS, _COLUMNS, dtype),
-            mgpu.tiles_buffer(tiles.stages, width, _COLUMNS, dtype),
-            mgpu.tiles_buffer(tiles.stages, _ROWS, _RANKS, dtype),
+            mgpu.tiles_buffer(sizes.stages, TILE_ROWS, _COLUMNS, dtype),
+            mgpu.tiles_buffer(sizes.stages, width, _COLUMNS, dtype),
+            mgpu.tiles_buffer(sizes.stages, TILE_ROWS, _RANKS, dtype),
             *(mgpu.SMEM((2, 64, ranks_), f32) for ranks_ in sorted({_RANKS, width}, reverse=True)),
-            *mgpu.Ring.barriers(tiles.stages, copies=3, consumers=2),
+            *mgpu.Ring.barriers(sizes.stages, copies=3, consumers=2),
             mgpu.Barrier(num_arrivals=2),
         ),
         name="lora_grad_up",
-    )(*order, factor, row_key, has_padding, *dys, *b, *ss)
+    )(rows.walk, rows.start, rows.row_key, *dys, *b, *ss)
     ds = jnp.concatenate([part.sum(0) for part in outs[:group]], axis=1).astype(dtype)
-    return ds, tuple(segments.sum_segments(part, order.start, length) for part in outs[group:])
+    return ds, tuple(segments.sum_segments(part, rows.start, length) for part in outs[group:])

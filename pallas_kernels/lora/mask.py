@@ -30,19 +30,18 @@ class RowMask(NamedTuple):
     threshold: jax.Array
 
 
-def load_keys(key_ref, first_row, rows: int) -> jax.Array:
-    """Loads the keys of `rows` rows as a vector over the rows of the wgmma layout."""
-    layout = mgpu.Layout.WGMMA.reduce(1)
-    return mgpu.load(key_ref.at[mgpu.pl.ds(first_row, rows)], layout=layout, optimized=False)
+def load_keys(key_ref) -> jax.Array:
+    """Loads the keys of some rows as a vector over the rows of the wgmma layout."""
+    return mgpu.load(key_ref, layout=mgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def row_mask(keys: jax.Array, site, threshold) -> RowMask:
     """Prepares the mask of rows with the given keys, at a site, for a rate's threshold."""
     padding = keys == jnp.uint32(0)
     ones, zeros = jnp.full_like(keys, 0xFFFFFFFF), jnp.zeros_like(keys)
-    top = jnp.full_like(keys, threshold.astype(jnp.uint32) << jnp.uint32(24))
+    top = jnp.full_like(keys, lax.convert_element_type(threshold, jnp.uint32) << jnp.uint32(24))
     return RowMask(
-        keys + lowbias32(site.astype(jnp.uint32)),
+        keys + lowbias32(site),
         jnp.where(padding, zeros, ones),
         jnp.where(padding, jnp.full_like(keys, 1 << 24), top),
     )

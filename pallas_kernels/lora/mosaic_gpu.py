@@ -6,14 +6,11 @@ backward    grad_up (dS, dB), grad_down (dA), dx (dX)
 Raises NotImplementedError, with the reason, for what these kernels cannot run.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels import tuning
-from pallas_kernels.dropout import drop_threshold, keep_scale
 from pallas_kernels.lora.base_up import base_up
 from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
@@ -27,22 +24,10 @@ from pallas_kernels.lora.spec import (
     Weights,
     rows_per_tile,
 )
-from pallas_kernels.segments import order_tiles
+from pallas_kernels.segments import TILE_ROWS, prepare
 
-TILE_ROWS = 128
 MAX_RANK = 256
 _GRANULE = 8  # rows and columns that TMA and the tiled SMEM layout move at least
-
-
-class _Rows(NamedTuple):
-    """Routing as the kernels take it: tiles of 128 rows, thresholds and factors per slot."""
-
-    tile_adapter: Int[Array, " tiles"]
-    row_key: UInt32[Array, " Tp"]
-    has_padding: Int[Array, " tiles"]
-    threshold: Int[Array, " E"]
-    factor: Float[Array, " E"]
-    site: UInt32[Array, " 1"]
 
 
 def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> None:
@@ -62,24 +47,6 @@ def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> N
     rank = max(a_i.shape[1] for a_i in a)
     if rank > MAX_RANK:
         raise NotImplementedError(f"rank {rank}: the kernels go up to {MAX_RANK}")
-
-
-def _rows_of(routing: Routing) -> _Rows:
-    rows, tiles = routing.row_key.shape[0], routing.tile_adapter.shape[0]
-    num_tiles = -(-rows // TILE_ROWS)
-    tile_adapter = routing.tile_adapter.astype(jnp.int32)
-    if num_tiles != tiles:
-        tile_adapter = jnp.repeat(tile_adapter, num_tiles // tiles)
-    row_key = jnp.pad(routing.row_key.astype(jnp.uint32), (0, num_tiles * TILE_ROWS - rows))
-    padding = jnp.any(row_key.reshape(num_tiles, TILE_ROWS) == 0, axis=1)
-    return _Rows(
-        tile_adapter,
-        row_key,
-        padding.astype(jnp.int32),
-        drop_threshold(routing.rate).astype(jnp.int32),
-        (routing.scale * keep_scale(routing.rate)).astype(jnp.float32),
-        routing.site.astype(jnp.uint32),
-    )
 
 
 def _operands(stacks: Stacks, dtype) -> Stacks:
@@ -109,21 +76,17 @@ def forward(
 ) -> tuple[Outputs, Smalls]:
     """Returns the outputs and S of each projection; see `spec.forward`."""
     _refuse_unsupported(x, ws, a, routing)
-    rows, slot_rank = _rows_of(routing), a[0].shape[1]
+    rows, rank = prepare(*routing), a[0].shape[1]
     a, b = _operands(a, x.dtype), _operands(b, x.dtype)
     ranks = [stack.shape[1] for stack in a]
     ss = []
     for group in _down_groups(ranks):
         stacked = _side_by_side(a[group])
-        ss += down(
-            x, stacked, rows.tile_adapter, rows.factor, rows.threshold, rows.row_key, rows.site,
-            tuple(ranks[group]), tuning.down_tiles(*x.shape, stacked.shape[1]),
-        )  # fmt: skip
-    ys = base_up(
-        x, ws, tuple(ss), b, biases, rows.tile_adapter,
-        tuning.gemm_tiles("base_up", x.shape[0], x.shape[1], sum(w.shape[1] for w in ws)),
-    )  # fmt: skip
-    return ys, tuple(s[:, :slot_rank] for s in ss)
+        sizes = tuning.down_tiles(*x.shape, stacked.shape[1])
+        ss += down(x, stacked, rows, tuple(ranks[group]), sizes)
+    sizes = tuning.gemm_tiles("base_up", *x.shape, sum(w.shape[1] for w in ws))
+    ys = base_up(x, ws, tuple(ss), b, biases, rows, sizes)
+    return ys, tuple(s[:, :rank] for s in ss)
 
 
 def backward(
@@ -137,25 +100,18 @@ def backward(
 ) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
     """Returns dX, dA and dB; see `spec.backward`."""
     _refuse_unsupported(x, ws, a, routing)
-    rows, slots = _rows_of(routing), routing.scale.shape[0]
+    rows = prepare(*routing)
     stacked = _side_by_side(_operands(a, x.dtype))
     b_operands = _operands(b, x.dtype)
     rank, padded_rank = a[0].shape[1], b_operands[0].shape[1]
     ss = tuple(jnp.pad(s, ((0, 0), (0, padded_rank - rank))) for s in ss)
-    order = order_tiles(rows.tile_adapter, slots)
-    (num_rows, k), n = x.shape, sum(w.shape[1] for w in ws)
+    (num_rows, k), widths = x.shape, tuple(w.shape[1] for w in ws)
     ds, dbs = grad_up(
-        dys, b_operands, ss, order, rows.factor, rows.row_key, rows.has_padding,
-        tuning.grad_up_tiles(num_rows, tuple(w.shape[1] for w in ws), padded_rank),
-    )  # fmt: skip
-    da = grad_down(
-        x, ds, order, rows.threshold, rows.row_key, rows.has_padding, rows.site,
-        tuning.grad_down_tiles(num_rows, k, ds.shape[1]),
-    )  # fmt: skip
-    dx = input_gradient(
-        dys, ws, ds, stacked.transpose(0, 2, 1), rows.tile_adapter, rows.threshold,
-        rows.row_key, rows.site, tuning.gemm_tiles("dx", num_rows, n, k),
-    )  # fmt: skip
+        dys, b_operands, ss, rows, tuning.grad_up_tiles(num_rows, widths, padded_rank)
+    )
+    da = grad_down(x, ds, rows, tuning.grad_down_tiles(num_rows, k, ds.shape[1]))
+    sizes = tuning.gemm_tiles("dx", num_rows, sum(widths), k)
+    dx = input_gradient(dys, ws, ds, stacked.transpose(0, 2, 1), rows, sizes)
     das = [da[:, i * padded_rank : i * padded_rank + rank] for i in range(len(ws))]
     return (
         dx,
