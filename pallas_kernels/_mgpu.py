@@ -197,16 +197,6 @@ def accumulate_all(shapes: Sequence[tuple[int, int]], steps: Callable) -> list[j
     return pl.run_scoped(steps, *(ACC(shape, jnp.float32) for shape in shapes))
 
 
-def _after_predecessor() -> None:
-    """Lets the next kernel start up early, and waits until the one before has ended.
-
-    Programmatic dependent launch: only launch latency overlaps, no memory is touched before.
-    """
-    if not interpreting():
-        plgpu.griddepcontrol_launch_dependents()
-        plgpu.griddepcontrol_wait()
-
-
 def launch(
     body: Callable[..., None],
     *,
@@ -219,11 +209,7 @@ def launch(
     """Returns a function that runs `body(*inputs, *outputs, *scratch)` on a grid of blocks."""
 
     def with_scratch(*refs):
-        def scoped(*allocated):
-            _after_predecessor()
-            body(*refs, *allocated)
-
-        pl.run_scoped(scoped, *scratch, collective_axes="wg")
+        pl.run_scoped(lambda *allocated: body(*refs, *allocated), *scratch, collective_axes="wg")
 
     return plgpu.kernel(
         with_scratch,

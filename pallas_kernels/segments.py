@@ -19,7 +19,6 @@ from pallas_kernels.dropout import drop_threshold, keep_scale
 
 TILE_ROWS = 128
 _CHUNK = 2048  # elements that a block sums at a time
-_FACTOR = 4  # column of a table; those before it are integers
 
 
 class Tiles(NamedTuple):
@@ -59,12 +58,20 @@ class TileFacts(NamedTuple):
     factor: jax.Array
 
 
+def load_facts(table_ref, index) -> tuple[jax.Array, ...]:
+    """Starts reading a row of a table; `facts_of` makes sense of it, and waits for it."""
+    return tuple(table_ref[index, column] for column in range(len(TileFacts._fields)))
+
+
+def facts_of(loaded: tuple[jax.Array, ...]) -> TileFacts:
+    """Returns the facts in a row that `load_facts` read."""
+    *integers, factor = loaded
+    return TileFacts(*(lax.convert_element_type(v, jnp.int32) for v in integers), factor)
+
+
 def read_facts(table_ref, index) -> TileFacts:
     """Reads a row of a table."""
-    integers = [
-        lax.convert_element_type(table_ref[index, column], jnp.int32) for column in range(_FACTOR)
-    ]
-    return TileFacts(*integers, table_ref[index, _FACTOR])
+    return facts_of(load_facts(table_ref, index))
 
 
 def prepare(

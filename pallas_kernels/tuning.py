@@ -120,7 +120,7 @@ def down_tiles(rows: int, k: int, rank: int) -> DownTiles:
 
 def gemm_tiles(op: Literal["base_up", "dx"], rows: int, depth: int, columns: int) -> GemmTiles:
     """Returns the sizes of a large product of `rows` x `depth` x `columns`."""
-    return GemmTiles()
+    return GemmTiles("m", minor="m", width=16) if op == "base_up" else GemmTiles()
 
 
 def grad_up_tiles(rows: int, widths: tuple[int, ...], rank: int) -> GradUpTiles:

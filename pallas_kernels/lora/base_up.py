@@ -99,9 +99,10 @@ def base_up(
             for i in range(group):
 
                 def visit(row, column, step, facts, i=i):
-                    count = base_steps + steps(facts, i)
+                    more = steps(facts, i)
                     value = mgpu.accumulate(
-                        shape, lambda acc: gemm.contract(ring, acc, step, count, operands)
+                        shape,
+                        lambda acc: gemm.contract(ring, acc, step, base_steps, operands, more),
                     )
                     if bias_gs[i] is not None:
                         value = value + mgpu.load_columns(bias_gs[i], column + column0, shape)
@@ -113,7 +114,7 @@ def base_up(
                         row + row0,
                         column + column0,
                     )
-                    return step + count
+                    return step + base_steps + more
 
                 walked, step = gemm.walk(
                     table_g, (num_rows, widths[i]), sizes, sms, walked, step, visit

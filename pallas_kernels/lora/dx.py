@@ -83,7 +83,7 @@ def dx(
             def lora(accumulator, step, count):
                 @mgpu.pl.when(count > 0)
                 def _():
-                    gemm.contract(ring, accumulator, step, count, operands)
+                    gemm.contract(ring, accumulator, step, lora_steps, operands)
 
             def visit(row, column, step, facts):
                 count, threshold = steps(facts), facts.threshold

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu as mgpu
-from pallas_kernels.segments import TILE_ROWS, read_facts
+from pallas_kernels.segments import TILE_ROWS, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
 TILE_M, TILE_N, TILE_K = TILE_ROWS, 256, 64
@@ -48,12 +48,12 @@ def walk(
         return mgpu.planar_snake(index, counts, "mn".index(sizes.minor), sizes.width)
 
     def one(turn, carry):
-        step, facts = carry
+        step, loaded = carry
         row, column = locate(turn)
-        following = read_facts(table_g, locate(turn + 1)[0])
-        return visit(row * TILE_M, column * TILE_N, step, facts), following
+        following = load_facts(table_g, locate(turn + 1)[0])
+        return visit(row * TILE_M, column * TILE_N, step, facts_of(loaded)), following
 
-    first = read_facts(table_g, locate(jnp.int32(0))[0])
+    first = load_facts(table_g, locate(jnp.int32(0))[0])
     return before + total, lax.fori_loop(0, mine, one, (step, first))[0]
 
 
@@ -69,22 +69,38 @@ def steps_of(size: int) -> int:
     return -(-size // TILE_K)
 
 
-def contract(ring: mgpu.Ring, accumulator, first, count, operands: Callable) -> None:
-    """Multiplies `count` >= 1 ring steps into the accumulator and waits for the result."""
+def contract(
+    ring: mgpu.Ring, accumulator, first, steps: int, operands: Callable, more=None
+) -> None:
+    """Multiplies ring steps into the accumulator and waits for the result.
+
+    Args:
+        ring: where the steps come from.
+        accumulator: what they are added to.
+        first: the first step.
+        steps: how many at least, >= 1; the loop over them has a fixed length.
+        operands: gives the left and right operands of a step's buffers.
+        more: number of further steps, known late; None for none.
+    """
 
     def multiply(step):
         mgpu.wgmma(accumulator, *operands(*ring.take(step)))
 
+    def loop(begin, end):
+        @mgpu.pl.loop(begin, end)
+        def _(index):
+            multiply(first + index)
+            mgpu.wgmma_wait(1)
+            ring.release(first + index - 1)
+
     multiply(first)
-
-    @mgpu.pl.loop(1, count)
-    def _(index):
-        multiply(first + index)
-        mgpu.wgmma_wait(1)
-        ring.release(first + index - 1)
-
+    loop(1, steps)
+    total = steps
+    if more is not None:
+        total = steps + more
+        loop(jnp.int32(steps), total)
     mgpu.wgmma_wait(0)
-    ring.release(first + count - 1)
+    ring.release(first + total - 1)
 
 
 def ring_scratch(sizes: GemmTiles, dtype, *, transposed: bool) -> tuple:
