@@ -45,8 +45,8 @@ def grad_up(
     ss: tuple[Float[Array, "T _"], ...],
     rows: Tiles,
     sizes: GradUpTiles,
-) -> tuple[Float[Array, "T RC"], tuple[Float[Array, "E _ _"], ...]]:
-    """Returns dS of all projections side by side in dY's dtype, and each dB in float32.
+) -> tuple[tuple[Float[Array, "_ T _"], ...], tuple[Float[Array, "E _ _"], ...]]:
+    """Returns each dS as one part per panel of columns, to be added up, and each dB; in float32.
 
     dS carries the LoRA scale and the factor of kept values; it is exactly zero in padding rows and
     undefined in tiles without adapter.
@@ -201,5 +201,5 @@ def grad_up(
         ),
         name="lora_grad_up",
     )(rows.walk, rows.start, rows.row_key, *dys, *b, *ss)
-    ds = jnp.concatenate([part.sum(0) for part in outs[:group]], axis=1).astype(dtype)
-    return ds, tuple(segments.sum_segments(part, rows.start, length) for part in outs[group:])
+    dbs = (segments.sum_segments(part, rows.start, length) for part in outs[group:])
+    return tuple(outs[:group]), tuple(dbs)

@@ -27,7 +27,13 @@ from pallas_kernels.lora.spec import (
 from pallas_kernels.segments import TILE_ROWS, prepare
 
 MAX_RANK = 256
-_GRANULE = 8  # rows and columns that TMA and the tiled SMEM layout move at least
+_GRANULE, _TILE = 8, 64  # rows and columns of the tiles in SMEM, which TMA copies whole
+
+
+def _whole(columns: int) -> int:
+    """The least width from this one on that TMA can copy as tiles: see `_TILE`."""
+    unit = _GRANULE if columns <= _TILE else _TILE
+    return max(1, -(-columns // unit)) * unit
 
 
 def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> None:
@@ -40,22 +46,26 @@ def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> N
     tile_rows = rows_per_tile(rows, tiles)
     if tiles > 1 and tile_rows % TILE_ROWS:
         raise NotImplementedError(f"tiles of {tile_rows} rows: the kernels take multiples of 128")
-    sizes = {"rows": rows, "in": x.shape[1]} | {f"out[{i}]": w.shape[1] for i, w in enumerate(ws)}
-    for name, size in sizes.items():
-        if size % _GRANULE or not size:
-            raise NotImplementedError(f"{name}={size}: the kernels take multiples of {_GRANULE}")
+    if rows % _GRANULE or not rows:
+        raise NotImplementedError(f"{rows} rows: the kernels take multiples of {_GRANULE}")
+    for name, size in [("in", x.shape[1]), *((f"out[{i}]", w.shape[1]) for i, w in enumerate(ws))]:
+        if _whole(size) != size:
+            raise NotImplementedError(
+                f"{name}={size}: the kernels take multiples of {_TILE}, and of {_GRANULE} below it"
+            )
     rank = max(a_i.shape[1] for a_i in a)
     if rank > MAX_RANK:
         raise NotImplementedError(f"rank {rank}: the kernels go up to {MAX_RANK}")
 
 
-def _operands(stacks: Stacks, dtype) -> Stacks:
-    """Stacks in the compute dtype, their rank padded to a multiple of 8 with zeros."""
-    padded = ((0, 0), (0, -stacks[0].shape[1] % _GRANULE), (0, 0))
+def _operands(stacks: Stacks, dtype) -> tuple[Float[Array, "_ _ _"], ...]:
+    """Stacks in the compute dtype, their rank padded with zeros to one that TMA can copy."""
+    rank = stacks[0].shape[1]
+    padded = ((0, 0), (0, _whole(rank) - rank), (0, 0))
     return tuple(jnp.pad(stack.astype(dtype), padded) for stack in stacks)
 
 
-def _side_by_side(stacks: Stacks) -> Float[Array, "E RC _"]:
+def _side_by_side(stacks: tuple[Float[Array, "E _ _"], ...]) -> Float[Array, "E RC _"]:
     return jnp.concatenate(stacks, axis=1) if len(stacks) > 1 else stacks[0]
 
 
@@ -106,12 +116,17 @@ def backward(
     rank, padded_rank = a[0].shape[1], b_operands[0].shape[1]
     ss = tuple(jnp.pad(s, ((0, 0), (0, padded_rank - rank))) for s in ss)
     (num_rows, k), widths = x.shape, tuple(w.shape[1] for w in ws)
-    ds, dbs = grad_up(
+    parts, dbs = grad_up(
         dys, b_operands, ss, rows, tuning.grad_up_tiles(num_rows, widths, padded_rank)
     )
+    ranks = padded_rank * len(ws)
+    unused = jnp.zeros((num_rows, _whole(ranks) - ranks), x.dtype)
+    ds = jnp.concatenate([*(part.sum(0).astype(x.dtype) for part in parts), unused], axis=1)
     da = grad_down(x, ds, rows, tuning.grad_down_tiles(num_rows, k, ds.shape[1]))
     sizes = tuning.gemm_tiles("dx", num_rows, sum(widths), k)
-    dx = input_gradient(dys, ws, ds, stacked.transpose(0, 2, 1), rows, sizes)
+    transposed = stacked.transpose(0, 2, 1)
+    transposed = jnp.pad(transposed, ((0, 0), (0, 0), (0, ds.shape[1] - stacked.shape[1])))
+    dx = input_gradient(dys, ws, ds, transposed, rows, sizes)
     das = [da[:, i * padded_rank : i * padded_rank + rank] for i in range(len(ws))]
     return (
         dx,

@@ -20,15 +20,15 @@ _run = jax.jit(run, static_argnums=0)
 SHAPES = {
     "plain": {"tiles": (0,) * 8, "k": 1024, "ns": (1024,), "rank": 16, "tile_rows": 128},
     "many adapters": {
-        "tiles": (0, 1, 2, -1, 3, 3, 4, 0, 6, 7, -1), "k": 520, "ns": (264, 1032), "rank": 8,
+        "tiles": (0, 1, 2, -1, 3, 3, 4, 0, 6, 7, -1), "k": 576, "ns": (192, 1088), "rank": 8,
         "tile_rows": 128, "rates": (0.1, 0.0, 0.5, 0.05) * 2, "scales": (2.0, 0.5, 1.0, 4.0) * 2,
         "padding": (5, 130, 700, 1407), "biased": True,
     },
     "grouped": {"tiles": (0, 1) * 4, "k": 512, "ns": (512, 128, 128), "rank": 64, "tile_rows": 128},
     "rank 12": {"tiles": (1, 0), "k": 256, "ns": (256,), "rank": 12, "tile_rows": 128},
     "rank 200": {"tiles": (1, 0, 1), "k": 320, "ns": (640, 64), "rank": 200, "tile_rows": 128},
-    "rank 256": {"tiles": (0, -1, 1), "k": 256, "ns": (264,), "rank": 256, "tile_rows": 128},
-    "ragged rows": {"tiles": (0,), "k": 264, "ns": (200,), "rank": 16, "tile_rows": 1000},
+    "rank 256": {"tiles": (0, -1, 1), "k": 256, "ns": (192,), "rank": 256, "tile_rows": 128},
+    "ragged rows": {"tiles": (0,), "k": 320, "ns": (192,), "rank": 16, "tile_rows": 1000},
     "few rows": {"tiles": (0,), "k": 8, "ns": (8,), "rank": 1, "tile_rows": 8},
     "tiles of 256": {"tiles": (1, 0, -1), "k": 4096, "ns": (128,), "rank": 16, "tile_rows": 256},
     "float16": {
