@@ -79,7 +79,7 @@ def _targets(problem: Problem) -> list[Settings]:
 
 
 def _steps(full: int, tile: int) -> list[int]:
-    return list(dict.fromkeys(padded(round(full * f), tile) for f in _FRACTIONS))
+    return list(dict.fromkeys(max(tile, padded(round(full * f), tile)) for f in _FRACTIONS))
 
 
 def _pace(problem: Problem, settings: Settings) -> float:
@@ -126,7 +126,10 @@ def choose_capacity(problem: Problem) -> Problem:
         for capacities in (*ones, *twos)
         for candidate in (replace(problem, capacities=capacities),)
     }
-    best = min(ones, key=paces.__getitem__)
-    if twos and paces[pair := min(twos, key=paces.__getitem__)] < 0.98 * paces[best]:
-        best = pair
-    return replace(problem, capacities=best)
+    best, pair = (min(sizes, key=paces.__getitem__, default=()) for sizes in (ones, twos))
+    chosen = replace(problem, capacities=best)
+    if pair:
+        both = replace(problem, capacities=pair)
+        if plan_time(both, plan(both)) < 0.98 * plan_time(chosen, plan(chosen)):
+            return both
+    return chosen

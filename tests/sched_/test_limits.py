@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_sched import Problem, job_from_lengths, plan, verify
+from lorafusion_sched import Cost, Problem, job_from_lengths, plan, verify
 from lorafusion_sched.bounds import slots_bound
 
 SCHED = Path(__file__).parents[2] / "sched"
@@ -29,8 +29,18 @@ def many(jobs: int, samples: int, gbs: int, **rules) -> Problem:
     )
 
 
-@pytest.mark.parametrize("shape", [(1000, 4, 2), (1, 2000, 2000), (1, 300, 1), (40, 1, 1)], ids=str)
-@pytest.mark.parametrize("distance", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "distance"),
+    [
+        ((1000, 4, 2), 1),
+        ((200, 4, 2), 4),
+        ((1, 2000, 2000), 1),
+        ((1, 2000, 2000), 4),
+        ((1, 300, 1), 4),
+        ((40, 1, 1), 4),
+    ],
+    ids=str,
+)
 def test_odd_shapes(shape, distance):
     problem = many(*shape, distance=distance)
     answer = plan(problem)
@@ -46,6 +56,16 @@ def test_a_finer_tile_than_the_fill_counts_in():
     assert len(answer.microbatches) <= 1.05 * slots_bound(problem) + 1
 
 
+def test_the_smallest_microbatch_there_is():
+    """One row, many jobs, a pipeline and attention: targets cannot fall below a tile."""
+    jobs = tuple(job_from_lengths(n, [1, 1, 1], global_batch_size=2) for n in "abc")
+    cost = Cost(per_square=0.1, whole_bucket=False)
+    problem = Problem(jobs=jobs, capacities=(1,), tile=1, distance=3, cost=cost)
+    answer = plan(problem)
+    verify(problem, answer)
+    assert len(answer.microbatches) == 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("jobs", "distance"), [(10, 1), (10, 4), (1000, 1), (1000, 4)])
 def test_a_hundred_thousand_samples(jobs, distance):
@@ -53,7 +73,7 @@ def test_a_hundred_thousand_samples(jobs, distance):
     code = f"""
 import random, resource, sys, time
 sys.path.insert(0, {str(SCHED)!r})
-from lorafusion_sched import Problem, job_from_lengths, plan, verify
+from lorafusion_sched import Cost, Problem, job_from_lengths, plan, verify
 from lorafusion_sched.bounds import slots_bound
 rng = random.Random(7)
 problem = Problem(jobs=tuple(
