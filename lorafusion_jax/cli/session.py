@@ -21,7 +21,23 @@ def start_jax() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.devices()
+    if jax.default_backend() == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Keeps glibc from handing the buffers of a step back to the system, where it can be told to.
+
+    A step frees and takes hundreds of megabytes; page by page from the system again, that took
+    half the time of a LoRA linear's backward pass on two cores (docs/lab_book/cpu.md).
+    """
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def device_line() -> str:
