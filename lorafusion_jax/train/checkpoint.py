@@ -114,6 +114,8 @@ class Checkpoints:
             ResourceError: the disk is full.
         """
         start = time.perf_counter()
+        if self._path(step).exists():
+            raise CheckpointError(f"{self._path(step)} was not written: it exists already")
         leaves = leaves_of(state)
         record = _record(leaves, progress)
         try:
