@@ -161,10 +161,17 @@ class Run:
         """Gives a job its slot: a fresh adapter and zero moments, whatever lay there."""
         slot = self.schedule.slot[job.name]
         bank = write_slot(self.state.bank, slot, lora_spec(job.config), job.seed, job.targets)
-        opt, grads, loss, tokens = optimizer.reset_slot(self.state[1:], slot)
-        self.state = TrainState(bank, opt, grads, loss, tokens)
+        _, *rest = self.state
+        if self._was_used(slot):
+            rest = optimizer.reset_slot(rest, slot)
+        self.state = TrainState(bank, *rest)
         self.progress[job.name].status = "training"
         self._load_hyper()
+
+    def _was_used(self, slot: int) -> bool:
+        """Whether another job held the slot before; if not, its moments are zeros still."""
+        first, now = self.schedule.first, self.cursor - 1
+        return any(s == slot and first[name] < now for name, s in self.schedule.slot.items())
 
     def _load_hyper(self) -> None:
         """Puts the hyper-parameters of the jobs that hold a slot now on the device."""

@@ -50,7 +50,7 @@ def prepare_run(
         saved: what the run goes on from.
         listener: told about the plan first.
     """
-    tile = tile_rows(config.batching)
+    tile = schedule.plan.tile
     num_slots = max(schedule.num_slots, saved.num_slots)
     paths = _targeted(base, jobs)
     bank = attach_adapters(base.model, paths, num_slots, max(j.config.lora.r for j in jobs))

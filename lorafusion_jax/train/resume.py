@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lorafusion_jax.train.checkpoint import Checkpoints, Leaves, Restored, leave
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.step import TrainState
-from lorafusion_sched import Microbatch, PlanError, from_json
+from lorafusion_sched import Plan, PlanError, from_json
 
 
 def base_fingerprint(base: Base) -> str:
@@ -88,21 +88,21 @@ class Saved:
     Attributes:
         checkpoints: where the run saves.
         restored: the verified checkpoint, or None.
-        executed: microbatches that were done when it was saved.
+        plan: of the run that saved it.
         joined: jobs that are new since.
         notices: what the user should know.
     """
 
     checkpoints: Checkpoints
     restored: Restored | None = None
-    executed: tuple[Microbatch, ...] = ()
+    plan: Plan | None = None
     joined: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     @property
     def cursor(self) -> int:
         """First microbatch to run."""
-        return len(self.executed)
+        return 0 if self.restored is None else self.restored.progress["cursor"]
 
     @property
     def num_slots(self) -> int:
@@ -150,10 +150,10 @@ def find_saved(
         _adopt_files(Path(resume), folder)
     own.sweep()
     own.discard_after(restored.step)
-    done = plan.microbatches[: restored.progress["cursor"]]
-    notices.append(f"going on after microbatch {len(done)} of {len(plan.microbatches)}")
+    saved = Saved(own, restored, plan, tuple(joined))
+    notices.append(f"going on after microbatch {saved.cursor} of {len(plan.microbatches)}")
     notices += [f"{name} joins" for name in joined]
-    return Saved(own, restored, done, tuple(joined), tuple(notices))
+    return replace(saved, notices=tuple(notices))
 
 
 def _restore_from(path: Path, notices: list[str]) -> Restored:

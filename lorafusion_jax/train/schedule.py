@@ -63,9 +63,17 @@ def make_schedule(
         cut = _first_end(numbered, active) if waiting else len(numbered)
         microbatches += numbered[:cut]
         queue = [job for job in queue if job.name in {j.name for j, _ in active + waiting}]
-    whole = Plan(microbatches=tuple(microbatches), tile=tile, distance=1, width=1)
-    sizes = tuple(sorted({*capacities, *(m.capacity for m in microbatches)}))
-    verify(Problem(jobs=tuple(jobs), capacities=sizes, tile=tile), whole)
+    return schedule_of(Plan(microbatches=tuple(microbatches), tile=tile, distance=1, width=1), jobs)
+
+
+def schedule_of(whole: Plan, jobs: Sequence[Job]) -> Schedule:
+    """Verifies a plan of complete jobs and gives each job the lowest slot free when it starts.
+
+    Raises:
+        PlanError: the plan does not train exactly these jobs.
+    """
+    sizes = tuple(sorted({m.capacity for m in whole.microbatches}))
+    verify(Problem(jobs=tuple(jobs), capacities=sizes, tile=whole.tile), whole)
     return _with_slots(whole)
 
 
@@ -125,7 +133,6 @@ def _first_end(microbatches: Sequence[Microbatch], active: list[tuple[Job, int]]
 
 
 def _with_slots(whole: Plan) -> Schedule:
-    """Gives each job the lowest slot that is free when it starts."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for index, stretch in _stretches(whole):

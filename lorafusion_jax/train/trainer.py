@@ -33,7 +33,7 @@ from lorafusion_jax.train.prepare import prepare_run, tile_rows
 from lorafusion_jax.train.results import Results, collect_results
 from lorafusion_jax.train.resume import Saved, find_saved
 from lorafusion_jax.train.run_folder import RunFolder
-from lorafusion_jax.train.schedule import Schedule, capacity_that_fills, make_schedule
+from lorafusion_jax.train.schedule import Schedule, capacity_that_fills, make_schedule, schedule_of
 from lorafusion_jax.train.signals import StoppedError, StopSignals
 from lorafusion_sched import to_json
 
@@ -192,10 +192,16 @@ class MultiTrainer:
 
     def _schedule(self, config: RunConfig, jobs: Sequence[TrainJob], saved: Saved) -> Schedule:
         batching, plans = config.batching, [job.plan for job in jobs]
-        tile, limit = tile_rows(batching), batching.tokens_per_microbatch
+        # Another plan of the rest would add up the same gradients in another order.
+        if saved.plan is not None and not saved.joined:
+            return schedule_of(saved.plan, plans)
+        tile, done = tile_rows(batching), ()
+        if saved.plan is not None:
+            tile, done = saved.plan.tile, saved.plan.microbatches[: saved.cursor]
+        limit = batching.tokens_per_microbatch
         capacities = batching.capacities or (capacity_that_fills(plans, limit, tile),)
         return make_schedule(
-            plans, capacities=capacities, tile=tile, max_slots=self._slots, done=saved.executed
+            plans, capacities=capacities, tile=tile, max_slots=self._slots, done=done
         )
 
 
