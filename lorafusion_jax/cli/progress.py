@@ -74,14 +74,7 @@ class TrainProgress:
                 self._screen.message(event.message)
             case events.RunEnded():
                 self._screen.eta_s = None
-                speed = event.tokens / event.seconds if event.seconds else 0.0
-                memory = (
-                    "" if event.peak_bytes is None else f", peak {bytes_text(event.peak_bytes)}"
-                )
-                self._screen.message(
-                    f"trained  {event.tokens:,} tokens in {duration(event.seconds)} "
-                    f"({speed:,.0f} tok/s, compilation and evaluation included){memory}"
-                )
+                self._screen.message(ended_text(event))
 
     def _line(self, job: str) -> JobLine:
         if job not in self._lines:
@@ -151,3 +144,15 @@ def planned_text(event: events.RunPlanned) -> list[str]:
         f"memory   base {bytes_text(event.base_bytes)}, adapters with optimizer state "
         f"{bytes_text(event.adapter_bytes)}",
     ]
+
+
+def ended_text(event: events.RunEnded) -> str:
+    """Says how much was trained, how fast, and the most memory it took."""
+    if not event.tokens:
+        return "done     nothing was left to train"
+    speed = event.tokens / max(event.seconds, 1e-9)
+    peak = "" if event.peak_bytes is None else f", peak {bytes_text(event.peak_bytes)}"
+    return (
+        f"trained  {event.tokens:,} tokens in {duration(event.seconds)} "
+        f"({speed:,.0f} tok/s, compilation and evaluation included){peak}"
+    )

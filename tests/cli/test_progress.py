@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorafusion_jax.cli.progress import TrainProgress, bytes_text
+from lorafusion_jax.cli.progress import TrainProgress, bytes_text, ended_text
 from lorafusion_jax.cli.view import duration
 from lorafusion_jax.train import events
 
@@ -112,6 +112,12 @@ def test_live_table_is_drawn_on_a_terminal(clock, monkeypatch, capsys):
         shown(events.Notice("resumed at step 2"))
     out = capsys.readouterr().out
     assert "2/4" in out and "50%" in out and "resumed at step 2" in out
+
+
+def test_end_tells_speed_and_memory():
+    text = ended_text(events.RunEnded(seconds=120.0, tokens=6000, peak_bytes=3 * 2**30))
+    assert "6,000 tokens in 2:00 (50 tok/s" in text and "peak 3.0 GiB" in text
+    assert "nothing" in ended_text(events.RunEnded(seconds=3.0, tokens=0, peak_bytes=None))
 
 
 def test_units():
