@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -66,7 +66,8 @@ class JobRows:
     batch_tokens: Mapping[int, int] | None = None
 
 
-class RowOwner(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RowOwner:
     """Which sample a span of rows holds: for per-sample evaluation."""
 
     job: str
@@ -136,14 +137,15 @@ def pack(
                 row += sample.length
         start += num_tiles * tile
     assert start <= capacity, f"stretches need {start} rows of {capacity}"
-    offsets = _offsets(owners, capacity, max_segments)
-    batch = PackedBatch(
-        **rows, segment_offsets=offsets, tile_adapter=tile_adapter, batch_end=batch_end
-    )
-    return batch, owners
+    rows |= {
+        "segment_offsets": _offsets(owners, capacity, max_segments),
+        "tile_adapter": tile_adapter,
+        "batch_end": batch_end,
+    }
+    return PackedBatch(**rows), owners
 
 
-def _padding_rows(capacity: int) -> dict[str, np.ndarray]:
+def _padding_rows(capacity: int) -> dict[str, Any]:
     return {
         "tokens": np.zeros(capacity, np.int32),
         "positions": np.zeros(capacity, np.int32),

@@ -119,7 +119,9 @@ class Checkpoints:
         leaves = leaves_of(state)
         record = _record(leaves, progress)
         try:
-            ocp.save_checkpointables(self._path(step), {"state": leaves}, custom_metadata=record)
+            ocp.save_checkpointables(
+                str(self._path(step)), {"state": leaves}, custom_metadata=record
+            )
             _sync_directory(self._directory)
         except (OSError, ValueError) as error:
             raise self._explain(step, error) from error
@@ -176,11 +178,11 @@ class Checkpoints:
     def _load(self, step: int) -> Restored:
         path = self._path(step)
         try:
-            record = _checked_record(ocp.checkpointables_metadata(path).custom_metadata)
+            record = _checked_record(ocp.checkpointables_metadata(str(path)).custom_metadata)
             abstract = {
                 name: np.empty(shape, dtype) for name, (_, dtype, shape) in record["leaves"].items()
             }
-            leaves = ocp.load_checkpointables(path, {"state": abstract})["state"]
+            leaves = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except Exception as error:  # orbax and tensorstore raise many types for damaged files

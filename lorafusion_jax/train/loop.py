@@ -161,10 +161,9 @@ class Run:
         """Gives a job its slot: a fresh adapter and zero moments, whatever lay there."""
         slot = self.schedule.slot[job.name]
         bank = write_slot(self.state.bank, slot, lora_spec(job.config), job.seed, job.targets)
-        _, *rest = self.state
         if self._was_used(slot):
-            rest = optimizer.reset_slot(rest, slot)
-        self.state = TrainState(bank, *rest)
+            self.state = optimizer.reset_slot(self.state, slot)
+        self.state = self.state._replace(bank=bank)
         self.progress[job.name].status = "training"
         self._load_hyper()
 
@@ -250,10 +249,9 @@ class Run:
 
     def _export(self, job: TrainJob, which: str) -> None:
         adapter = read_slot(self.state.bank, self.schedule.slot[job.name])
-        host = {path: (np.asarray(a), np.asarray(b)) for path, (a, b) in adapter.items()}
         name = self.base.path or self.base.name
         try:
-            save_peft(self.folder.adapter(job.name, which), host, lora_spec(job.config), name)
+            save_peft(self.folder.adapter(job.name, which), adapter, lora_spec(job.config), name)
         except AdapterError as error:  # not finite; the other jobs go on
             self.listener(Notice(f"{job.name}: the {which} adapter is not exported: {error}"))
 

@@ -59,7 +59,7 @@ class OptState(NamedTuple):
     """
 
     moments: dict[str, PyTree]
-    count: Int[Array, " slots"]
+    count: Int[Array, " slots"]  # pyright: ignore[reportIncompatibleMethodOverride]
     rejected: Int[Array, " slots"]
     frozen: Bool[Array, " slots"]
 
