@@ -93,7 +93,7 @@ TABLES = {
             Column("capacity", "capacity", ","),
         ),
         pivot="planner",
-        value=Column("utilisation", "utilisation", ".1%"),
+        value=Column("utilisation", "utilisation of a simulated pipeline", ".1%"),
         where={"part": "pipeline", "clock": "1f1b"},
     ),
     "scaling": Table(
