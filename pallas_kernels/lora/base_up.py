@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
-from pallas_kernels.segments import Tiles
+from pallas_kernels.segments import Tiles, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
 
@@ -55,6 +55,9 @@ def base_up(
         y_gs, (x_s, w_s, full, empty, staged) = rest[:group], rest[group:]
         ring = mgpu.Ring((x_s, w_s), full, empty, sizes.stages)
 
+        def fetch(tile):
+            return load_facts(table_g, tile)
+
         def steps(facts, i):
             """Ring steps of a tile's LoRA term."""
             return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps[i]), jnp.int32(0))
@@ -63,7 +66,7 @@ def base_up(
             walked, step = 0, jnp.int32(0)
             for i in range(group):
 
-                def visit(row, column, step, facts, i=i):
+                def visit(row, column, step, loaded, i=i):
                     rows_, columns = mgpu.pl.ds(row, TILE_M), mgpu.pl.ds(column, TILE_N)
 
                     @mgpu.pl.loop(0, base_steps)
@@ -71,6 +74,7 @@ def base_up(
                         depth = mgpu.pl.ds(index * TILE_K, TILE_K)
                         ring.fill(step + index, (x_g.at[rows_, depth], w_gs[i].at[depth, columns]))
 
+                    facts = facts_of(loaded)
                     slot, count = jnp.maximum(facts.adapter, 0), steps(facts, i)
 
                     @mgpu.pl.loop(0, count)
@@ -84,7 +88,7 @@ def base_up(
                     return step + base_steps + count
 
                 walked, step = gemm.walk(
-                    table_g, (num_rows, widths[i]), sizes, sms, walked, step, visit
+                    fetch, (num_rows, widths[i]), sizes, sms, walked, step, visit
                 )
             ring.drain(step)
 
@@ -98,8 +102,8 @@ def base_up(
             walked, step = 0, jnp.int32(0)
             for i in range(group):
 
-                def visit(row, column, step, facts, i=i):
-                    more = steps(facts, i)
+                def visit(row, column, step, loaded, i=i):
+                    more = steps(facts_of(loaded), i)
                     value = mgpu.accumulate(
                         shape,
                         lambda acc: gemm.contract(ring, acc, step, base_steps, operands, more),
@@ -117,7 +121,7 @@ def base_up(
                     return step + base_steps + more
 
                 walked, step = gemm.walk(
-                    table_g, (num_rows, widths[i]), sizes, sms, walked, step, visit
+                    fetch, (num_rows, widths[i]), sizes, sms, walked, step, visit
                 )
             mgpu.wait_smem_to_gmem(0)
 

@@ -13,7 +13,7 @@ from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
 from pallas_kernels.lora.mask import clear_padding, drop, load_keys, row_mask
-from pallas_kernels.segments import Tiles
+from pallas_kernels.segments import TILE_ROWS, Tiles, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
 
@@ -50,7 +50,8 @@ def dx(
             return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps), jnp.int32(0))
 
         def memory():
-            def visit(row, column, step, facts):
+            def visit(row, column, step, loaded):
+                facts = facts_of(loaded)
                 rows_, columns = mgpu.pl.ds(row, TILE_M), mgpu.pl.ds(column, TILE_N)
                 slot, count = jnp.maximum(facts.adapter, 0), steps(facts)
 
@@ -70,7 +71,15 @@ def dx(
                     step = lax.fori_loop(0, steps_i, one, step)
                 return step
 
-            walked = gemm.walk(table_g, (num_rows, k), sizes, sms, 0, jnp.int32(0), visit)
+            walked = gemm.walk(
+                lambda tile: load_facts(table_g, tile),
+                (num_rows, k),
+                sizes,
+                sms,
+                0,
+                jnp.int32(0),
+                visit,
+            )
             ring.drain(walked[1])
 
         def compute(warpgroup):
@@ -85,17 +94,27 @@ def dx(
                 def _():
                     gemm.contract(ring, accumulator, step, lora_steps, operands)
 
-            def visit(row, column, step, facts):
-                count, threshold = steps(facts), facts.threshold
-                keys = load_keys(key_g.at[mgpu.pl.ds(row + row0, shape[0])])
-                value = mgpu.accumulate(shape, lambda acc: lora(acc, step, count))
-                mask = row_mask(keys, site_g[0], threshold)
-                value = lax.cond(
-                    threshold > 0,
-                    lambda v: drop(v, mask, column + column0),
-                    lambda v: clear_padding(v, mask),
+            def fetch(tile):
+                here = mgpu.pl.ds(tile * TILE_ROWS + row0, shape[0])
+                return load_facts(table_g, tile), load_keys(key_g.at[here])
+
+            def masked(value, facts, keys, column):
+                """The LoRA term with its mask; most tiles without dropout need none."""
+                mask = row_mask(keys, site_g[0], facts.threshold)
+                return lax.cond(
+                    facts.threshold > 0,
+                    lambda v: drop(v, mask, column),
+                    lambda v: lax.cond(
+                        facts.padding > 0, lambda u: clear_padding(u, mask), lambda u: u, v
+                    ),
                     value,
                 )
+
+            def visit(row, column, step, fetched):
+                facts, keys = facts_of(fetched[0]), fetched[1]
+                count = steps(facts)
+                value = mgpu.accumulate(shape, lambda acc: lora(acc, step, count))
+                value = masked(value, facts, keys, column + column0)
                 step = step + count
                 value = mgpu.accumulate(
                     shape,
@@ -107,7 +126,7 @@ def dx(
                 )
                 return step + base_steps
 
-            gemm.walk(table_g, (num_rows, k), sizes, sms, 0, jnp.int32(0), visit)
+            gemm.walk(fetch, (num_rows, k), sizes, sms, 0, jnp.int32(0), visit)
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu as mgpu
-from pallas_kernels.segments import TILE_ROWS, facts_of, load_facts
+from pallas_kernels.segments import TILE_ROWS
 from pallas_kernels.tuning import GemmTiles
 
 TILE_M, TILE_N, TILE_K = TILE_ROWS, 256, 64
@@ -21,19 +21,26 @@ _EPILOGUE_SLOTS = 2
 
 
 def walk(
-    table_g, shape: tuple[int, int], sizes: GemmTiles, sms: int, before: int, step, visit: Callable
+    fetch: Callable,
+    shape: tuple[int, int],
+    sizes: GemmTiles,
+    sms: int,
+    before: int,
+    step,
+    visit: Callable,
 ) -> tuple[int, jax.Array]:
     """Visits this block's tiles of one output, continuing the grid's round over all outputs.
 
     Args:
-        table_g: facts of the row tiles. Those of the next tile are read while this one is worked
-            on, so that their latency is hidden.
+        fetch: reads what `visit` needs to know of a row tile, given its index. That of the next
+            tile is read while this one is worked on, so that the latency is hidden.
         shape: rows and columns of the output.
         sizes: order of the walk.
         sms: number of blocks.
         before: tiles of the outputs already walked, over all blocks.
         step: ring step that the first tile starts with.
-        visit: called with first row, first column, step and facts; returns the next tile's step.
+        visit: called with first row, first column, step and what was fetched; returns the next
+            tile's step.
 
     Returns:
         The count of tiles walked so far over all blocks, and the next step.
@@ -50,10 +57,10 @@ def walk(
     def one(turn, carry):
         step, loaded = carry
         row, column = locate(turn)
-        following = load_facts(table_g, locate(turn + 1)[0])
-        return visit(row * TILE_M, column * TILE_N, step, facts_of(loaded)), following
+        following = fetch(locate(turn + 1)[0])
+        return visit(row * TILE_M, column * TILE_N, step, loaded), following
 
-    first = load_facts(table_g, locate(jnp.int32(0))[0])
+    first = fetch(locate(jnp.int32(0))[0])
     return before + total, lax.fori_loop(0, mine, one, (step, first))[0]
 
 

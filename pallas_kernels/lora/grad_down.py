@@ -20,7 +20,7 @@ _MAX_CHUNKS = 3  # of them per block: 96 registers
 
 
 def grad_down(
-    x: Float[Array, "T K"], ds: Float[Array, "T RC"], rows: Tiles, sizes: GradDownTiles
+    x: Float[Array, "T K"], ds: Float[Array, "T _"], rank: int, rows: Tiles, sizes: GradDownTiles
 ) -> Float[Array, "E RC K"]:
     """Returns dA of all projections, concatenated along the rank, in float32.
 
@@ -28,10 +28,11 @@ def grad_down(
         x: input rows.
         ds: gradient of all projections' S side by side, with the LoRA scale and the factor of kept
             values; zero in padding rows.
+        rank: leading columns of ds in use, RC.
         rows: routing of the rows.
         sizes: tile sizes.
     """
-    k, rank, dtype = x.shape[1], ds.shape[1], x.dtype
+    k, dtype = x.shape[1], x.dtype
     slots, num_tiles = rows.start.shape[0] - 1, rows.walk.shape[0]
     length = -(-num_tiles // sizes.splits)
     splits = -(-num_tiles // length)
