@@ -1,0 +1,101 @@
+"""The kernels in Mosaic's interpreter: right without a GPU, free of races and barrier mistakes.
+
+Each test runs in its own process, because the interpreter is unusable after an exception.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+_PRELUDE = """
+    import jax, jax.numpy as jnp, numpy as np
+    from pallas_kernels import _mgpu
+    from pallas_kernels.lora import mosaic_gpu, spec
+    from tests.kernels.oracle import errors, make_problem, run, truth
+
+    def check(races=True, **shape):
+        p = make_problem(dtype=jnp.bfloat16, tile_rows=128, **shape)
+        with _mgpu.interpret(detect_races=races):
+            ours = run(mosaic_gpu, p)
+        want, worst = truth(p), 0.0
+        reference = errors(run(spec, p), want)
+        for name, error in errors(ours, want).items():
+            assert error <= 1.1 * reference[name] + 1e-4, (name, error, reference[name])
+        return p, ours
+"""
+
+
+def _run(body: str) -> subprocess.CompletedProcess:
+    script = textwrap.dedent(_PRELUDE) + textwrap.dedent(body)
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=".", XLA_FLAGS="")
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=400, env=environment
+    )
+
+
+def _passes(body: str) -> None:
+    result = _run(body)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_one_tile_of_one_adapter():
+    _passes("check(tiles=(0,), k=64, ns=(64,), rank=8, rates=(0.25,), scales=(2.0,))")
+
+
+@pytest.mark.slow
+def test_adapters_padding_bias_and_grouped_projections():
+    _passes("""
+        check(
+            tiles=(0, -1, 1, 0, 2), k=192, ns=(320, 24), rank=12, biased=True,
+            rates=(0.1, 0.0, 0.2, 0.0), scales=(2.0, 0.5, 1.0, 1.0), padding=(3, 130, 300),
+        )
+    """)
+
+
+@pytest.mark.slow
+def test_rank_above_64_and_few_rows_split_over_columns():
+    _passes("check(races=False, tiles=(1,), k=1024, ns=(64,), rank=72)")
+
+
+@pytest.mark.slow
+def test_nan_in_padding_rows_goes_nowhere():
+    _passes("""
+        p, clean = check(tiles=(0, 1), k=64, ns=(64,), rank=8, padding=(0, 64, 200))
+        rows = jnp.asarray([0, 64, 200])
+        nan = p._replace(
+            x=p.x.at[rows].set(jnp.nan), dys=tuple(dy.at[rows].set(jnp.nan) for dy in p.dys)
+        )
+        with _mgpu.interpret():
+            poisoned = run(mosaic_gpu, nan)
+        for one, other in zip((*clean.ss, *clean.da, *clean.db),
+                              (*poisoned.ss, *poisoned.da, *poisoned.db), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    """)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["take", "fill"])
+def test_a_missing_wait_is_caught(broken):
+    """A ring whose consumers, or whose producer, do not wait must not pass."""
+    remove = {
+        "take": """
+            def take(self, step):
+                return tuple(buffer.at[self._slot(step)] for buffer in self.buffers)
+            _mgpu.Ring.take = take
+        """,
+        "fill": """
+            def fill(self, step, sources):
+                slot = self._slot(step)
+                for source, buffer in zip(sources, self.buffers, strict=True):
+                    _mgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+            _mgpu.Ring.fill = fill
+        """,
+    }[broken]
+    result = _run(
+        textwrap.dedent(remove)
+        + "\ncheck(tiles=(0,), k=512, ns=(64,), rank=8, rates=(0.1,), scales=(1.0,))"
+    )
+    assert result.returncode != 0
