@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas.mosaic_gpu import ACC as ACC
 from jax.experimental.pallas.mosaic_gpu import SMEM as SMEM
 from jax.experimental.pallas.mosaic_gpu import Barrier as Barrier
 from jax.experimental.pallas.mosaic_gpu import Layout as Layout
+from jax.experimental.pallas.mosaic_gpu import WGMMAAccumulatorRef as ACC
 from jax.experimental.pallas.mosaic_gpu import barrier_arrive as barrier_arrive
 from jax.experimental.pallas.mosaic_gpu import barrier_wait as barrier_wait
 from jax.experimental.pallas.mosaic_gpu import broadcasted_iota as broadcasted_iota
@@ -87,8 +87,8 @@ def swizzled(minor: int, dtype) -> tuple:
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(minor * bits)
     return (
-        plgpu.TilingTransform((8, swizzle * 8 // bits)),
-        plgpu.SwizzleTransform(swizzle),
+        plgpu.TilingTransform((8, swizzle * 8 // bits)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
     )
 
 
@@ -189,7 +189,7 @@ def accumulate(shape: tuple[int, int], steps: Callable, start=None) -> jax.Array
 
         value = pl.run_scoped(zero_based, ACC(shape, jnp.float32))
         return value if start is None else start + value
-    return pl.run_state(steps)(ACC.init(start))
+    return pl.run_state(steps)(ACC.init(start))  # pyright: ignore[reportReturnType]
 
 
 def accumulate_all(shapes: Sequence[tuple[int, int]], steps: Callable) -> list[jax.Array]:

@@ -65,8 +65,10 @@ def load_facts(table_ref, index) -> tuple[jax.Array, ...]:
 
 def facts_of(loaded: tuple[jax.Array, ...]) -> TileFacts:
     """Returns the facts in a row that `load_facts` read."""
-    *integers, factor = loaded
-    return TileFacts(*(lax.convert_element_type(v, jnp.int32) for v in integers), factor)
+    tile, adapter, threshold, padding = (
+        lax.convert_element_type(value, jnp.int32) for value in loaded[:-1]
+    )
+    return TileFacts(tile, adapter, threshold, padding, loaded[-1])
 
 
 def read_facts(table_ref, index) -> TileFacts:
@@ -120,7 +122,7 @@ class Split(NamedTuple):
 
     first: jax.Array
     last: jax.Array
-    index: jax.Array
+    number: jax.Array
 
 
 def split_bounds(start_ref, slots: int, index, length: int) -> Split:
@@ -136,7 +138,7 @@ def for_each_run(split: Split, walk_ref, start_ref, slots: int, run) -> None:
     @mgpu.pl.when(split.first < split.last)
     def _():
         if slots == 1:
-            run(jnp.int32(0), split.first, split.last, split.index)
+            run(jnp.int32(0), split.first, split.last, split.number)
             return
         low, high = (read_facts(walk_ref, p).adapter for p in (split.first, split.last - 1))
 
@@ -147,7 +149,7 @@ def for_each_run(split: Split, walk_ref, start_ref, slots: int, run) -> None:
 
             @mgpu.pl.when(first < last)
             def _():
-                run(slot, first, last, split.index + slot)
+                run(slot, first, last, split.number + slot)
 
 
 def sum_segments(

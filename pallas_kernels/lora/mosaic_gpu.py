@@ -66,7 +66,7 @@ def _operands(stacks: Stacks, dtype) -> tuple[Float[Array, "_ _ _"], ...]:
 
 
 def _side_by_side(stacks: tuple[Float[Array, "E _ _"], ...]) -> Float[Array, "E RC _"]:
-    return jnp.concatenate(stacks, axis=1) if len(stacks) > 1 else stacks[0]
+    return jnp.concatenate(stacks, axis=1)
 
 
 def _down_groups(ranks: list[int]) -> list[slice]:
@@ -92,9 +92,9 @@ def forward(
     ss = []
     for group in _down_groups(ranks):
         stacked = _side_by_side(a[group])
-        sizes = tuning.down_tiles(*x.shape, stacked.shape[1])
+        sizes = tuning.down_tiles(x.shape[0], x.shape[1], stacked.shape[1])
         ss += down(x, stacked, rows, tuple(ranks[group]), sizes)
-    sizes = tuning.gemm_tiles("base_up", *x.shape, sum(w.shape[1] for w in ws))
+    sizes = tuning.gemm_tiles("base_up", x.shape[0], x.shape[1], sum(w.shape[1] for w in ws))
     ys = base_up(x, ws, tuple(ss), b, biases, rows, sizes)
     return ys, tuple(s[:, :rank] for s in ss)
 
