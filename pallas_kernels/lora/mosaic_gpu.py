@@ -26,7 +26,7 @@ from pallas_kernels.lora.spec import (
 )
 from pallas_kernels.segments import TILE_ROWS, prepare
 
-MAX_RANK = 256
+MAX_RANKS = 256  # of all projections together: one accumulator of `down`
 _GRANULE, _TILE = 8, 64  # rows and columns of the tiles in SMEM, which TMA copies whole
 
 
@@ -53,9 +53,11 @@ def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> N
             raise NotImplementedError(
                 f"{name}={size}: the kernels take multiples of {_TILE}, and of {_GRANULE} below it"
             )
-    rank = max(a_i.shape[1] for a_i in a)
-    if rank > MAX_RANK:
-        raise NotImplementedError(f"rank {rank}: the kernels go up to {MAX_RANK}")
+    ranks = sum(_whole(a_i.shape[1]) for a_i in a)
+    if ranks > MAX_RANKS:
+        raise NotImplementedError(
+            f"{ranks} ranks over the projections that share X: the kernels go up to {MAX_RANKS}"
+        )
 
 
 def _operands(stacks: Stacks, dtype) -> tuple[Float[Array, "_ _ _"], ...]:
@@ -67,13 +69,6 @@ def _operands(stacks: Stacks, dtype) -> tuple[Float[Array, "_ _ _"], ...]:
 
 def _side_by_side(stacks: tuple[Float[Array, "E _ _"], ...]) -> Float[Array, "E RC _"]:
     return jnp.concatenate(stacks, axis=1)
-
-
-def _down_groups(ranks: list[int]) -> list[slice]:
-    """Projections whose S one pass over X makes: all of them if their ranks fit."""
-    if sum(ranks) <= MAX_RANK:
-        return [slice(0, len(ranks))]
-    return [slice(i, i + 1) for i in range(len(ranks))]
 
 
 def forward(
@@ -89,13 +84,11 @@ def forward(
     rows, rank = prepare(*routing), a[0].shape[1]
     a, b = _operands(a, x.dtype), _operands(b, x.dtype)
     ranks = [stack.shape[1] for stack in a]
-    ss = []
-    for group in _down_groups(ranks):
-        stacked = _side_by_side(a[group])
-        sizes = tuning.down_tiles(x.shape[0], x.shape[1], stacked.shape[1])
-        ss += down(x, stacked, rows, tuple(ranks[group]), sizes)
+    stacked = _side_by_side(a)
+    sizes = tuning.down_tiles(x.shape[0], x.shape[1], stacked.shape[1])
+    ss = down(x, stacked, rows, tuple(ranks), sizes)
     sizes = tuning.gemm_tiles("base_up", x.shape[0], x.shape[1], sum(w.shape[1] for w in ws))
-    ys = base_up(x, ws, tuple(ss), b, biases, rows, sizes)
+    ys = base_up(x, ws, ss, b, biases, rows, sizes)
     return ys, tuple(s[:, :rank] for s in ss)
 
 
@@ -135,4 +128,4 @@ def backward(
     )
 
 
-__all__ = ["MAX_RANK", "TILE_ROWS", "backward", "forward"]
+__all__ = ["MAX_RANKS", "TILE_ROWS", "backward", "forward"]

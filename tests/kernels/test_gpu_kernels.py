@@ -26,7 +26,7 @@ SHAPES = {
     },
     "grouped": {"tiles": (0, 1) * 4, "k": 512, "ns": (512, 128, 128), "rank": 64, "tile_rows": 128},
     "rank 12": {"tiles": (1, 0), "k": 256, "ns": (256,), "rank": 12, "tile_rows": 128},
-    "rank 200": {"tiles": (1, 0, 1), "k": 320, "ns": (640, 64), "rank": 200, "tile_rows": 128},
+    "rank 200": {"tiles": (1, 0, 1), "k": 320, "ns": (640,), "rank": 200, "tile_rows": 128},
     "rank 256": {"tiles": (0, -1, 1), "k": 256, "ns": (192,), "rank": 256, "tile_rows": 128},
     "ragged rows": {"tiles": (0,), "k": 320, "ns": (192,), "rank": 16, "tile_rows": 1000},
     "few rows": {"tiles": (0,), "k": 8, "ns": (8,), "rank": 1, "tile_rows": 8},
