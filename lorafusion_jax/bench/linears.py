@@ -143,9 +143,8 @@ def _best_bwd(residuals, dys):
         das.append(jnp.matmul(ds.T, dropped, preferred_element_type=f32).reshape(a.shape))
         dx_lora = dx_lora + ds @ _flat(a, dy.dtype)
         dx = dx + dy @ w.T
-    nothing = jax.tree.map(lambda _: None, o.routing)
-    return (Operands(dx + factor * dx_lora, (None,) * len(dys), tuple(das), tuple(dbs), nothing,
-                     (None,) * len(dys)),)  # fmt: skip
+    nothing = jax.tree.map(lambda _: None, o)
+    return (nothing._replace(x=dx + factor * dx_lora, a=tuple(das), b=tuple(dbs)),)
 
 
 xla_best.defvjp(_best_fwd, _best_bwd)

@@ -52,9 +52,12 @@ def kernel_times(call: Callable, arguments: tuple, repeat: int = 5) -> list[tupl
     from jax.experimental.mosaic.gpu import profiler
 
     _drain(call(*arguments))
-    runs = [profiler.measure(call, aggregate=False)(*arguments)[1] for _ in range(repeat)]
-    if any(not isinstance(run, list) or len(run) != len(runs[0]) for run in runs):
-        raise RuntimeError("CUPTI gave different kernels for equal calls: disable command buffers")
+    runs = []
+    for _ in range(repeat):
+        times = profiler.measure(call, aggregate=False)(*arguments)[1]
+        if not isinstance(times, list) or (runs and len(times) != len(runs[0])):
+            raise RuntimeError("CUPTI saw other kernels in an equal call: disable command buffers")
+        runs.append(times)
     return [
         (kernels[0][0], statistics.median(time for _, time in kernels) * 1e3)
         for kernels in zip(*runs, strict=True)
