@@ -9,6 +9,7 @@ to zero on the way in and to NaN on the way out, forward and backward: the whole
 no other sample changes by a bit. Padding rows are samples of one row.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -35,34 +36,56 @@ class Segments(NamedTuple):
     offsets: Int[Array, " M1"]
 
 
+class Scoring(NamedTuple):
+    """How scores come from queries and keys; static.
+
+    Attributes:
+        scale: factor of the products.
+        softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2; None leaves them.
+        window: rows that a row sees at most, itself included and the last ones; None for all.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
 def attention(
     q: Float[Array, "T H D"],
     k: Float[Array, "T G D"],
     v: Float[Array, "T G D"],
     segments: Segments,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T H D"]:
-    """Attends from each row to the rows of its own sample up to itself, scaled by 1 / sqrt(D).
+    """Attends from each row to the rows of its own sample up to itself.
 
     Args:
         q: queries, H heads.
         k: keys, G heads of which each serves H / G query heads in a row.
         v: values.
         segments: where the samples lie.
+        window: a row sees the last `window` rows of its sample, itself included; None for all.
+        softcap: scores become softcap * tanh(scores / softcap); None leaves them as they are.
+        scale: factor of the scores; None for 1 / sqrt(D).
         implementation: "xla", or None for the best one here.
 
     Returns:
         The attended values in q's dtype.
 
     Raises:
-        ValueError: unknown implementation, or H is no multiple of G.
+        ValueError: unknown implementation, H is no multiple of G, or a window or soft cap that is
+            not positive.
     """
+    scoring = _scoring(q, window, softcap, scale)
     if implementation not in (None, "xla"):
         raise ValueError(f"{implementation=} is unknown: expected 'xla'")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    return _attention_xla(q, k, v, segments.start)
+    return _attention_xla(q, k, v, segments.start, scoring)
 
 
 def cached_attention(
@@ -70,6 +93,10 @@ def cached_attention(
     k: Float[Array, "B L G D"],
     v: Float[Array, "B L G D"],
     positions: Int[Array, "B S"],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B S H D"]:
     """Attends from new tokens to a key-value cache, whose row j holds position j.
 
@@ -78,12 +105,31 @@ def cached_attention(
         k: cached keys, those of the new tokens included.
         v: cached values.
         positions: position of each new token; it sees cache rows up to that one.
+        window: see `attention`.
+        softcap: see `attention`.
+        scale: see `attention`.
 
     Returns:
         The attended values in q's dtype.
     """
-    visible = jnp.arange(k.shape[1]) <= positions[..., None]
-    return jax.vmap(lambda *args: _attend(*args)[0])(q, k, v, visible)
+    scoring = _scoring(q, window, softcap, scale)
+    rows, positions = jnp.arange(k.shape[1]), positions[..., None]
+    visible = rows <= positions
+    if window is not None:
+        visible &= rows > positions - window
+
+    def of_one(q, k, v, visible):
+        return _attend(q, k, v, visible, scoring)[0]
+
+    return jax.vmap(of_one)(q, k, v, visible)
+
+
+def _scoring(q: Array, window: int | None, softcap: float | None, scale: float | None) -> Scoring:
+    if window is not None and window < 1:
+        raise ValueError(f"{window=}: expected at least 1, or None for no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{softcap=}: expected a positive number, or None for no cap")
+    return Scoring(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, window)
 
 
 def _attend(
@@ -91,24 +137,30 @@ def _attend(
     k: Float[Array, "T G D"],
     v: Float[Array, "T G D"],
     visible: Bool[Array, "Q T"],
+    scoring: Scoring,
 ) -> tuple[Float[Array, "Q H D"], Float[Array, "Q G H_G"]]:
     """Attention and the log-sum-exp of its scores, both by f32 softmax."""
     acc = _accumulator_dtype(q)
-    scores = _scores(q, k, visible)
+    scores = jnp.where(visible, _scores(q, k, scoring), -jnp.inf)
     log_sum = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - log_sum[..., None]).astype(v.dtype)
     out = jnp.einsum("ghqt,tgd->qghd", weights, v, preferred_element_type=acc)
     return out.reshape(q.shape).astype(q.dtype), jnp.moveaxis(log_sum, -1, 0)
 
 
-def _attend_backward(q, k, v, visible, log_sum, dout, taken):
+def _attend_backward(q, k, v, visible, scoring: Scoring, log_sum, dout, taken):
     """Gradients of `_attend`; `taken` is the sum of dout * out over D, [Q, G, H_G]."""
     acc = _accumulator_dtype(q)
     grouped = log_sum.shape + q.shape[2:]
     q_rows, dout = q.reshape(grouped), dout.reshape(grouped)
-    weights = jnp.exp(_scores(q, k, visible) - jnp.moveaxis(log_sum, 0, -1)[..., None])
+    scores = _scores(q, k, scoring)
+    weights = jnp.exp(
+        jnp.where(visible, scores, -jnp.inf) - jnp.moveaxis(log_sum, 0, -1)[..., None]
+    )
     dweights = jnp.einsum("qghd,tgd->ghqt", dout, v, preferred_element_type=acc)
-    dscores = weights * (dweights - jnp.moveaxis(taken, 0, -1)[..., None]) * q.shape[2] ** -0.5
+    dscores = weights * (dweights - jnp.moveaxis(taken, 0, -1)[..., None]) * scoring.scale
+    if scoring.softcap is not None:
+        dscores = dscores * (1.0 - jnp.square(scores / scoring.softcap))
     dscores = jnp.where(visible, dscores, 0.0)  # dweights of a neighbour may have overflowed
     weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
     dq = jnp.einsum("ghqt,tgd->qghd", dscores, k, preferred_element_type=acc)
@@ -117,36 +169,39 @@ def _attend_backward(q, k, v, visible, log_sum, dout, taken):
     return dq.reshape(q.shape), dk, dv
 
 
-def _scores(q, k, visible) -> Float[Array, "G H_G Q T"]:
+def _scores(q, k, scoring: Scoring) -> Float[Array, "G H_G Q T"]:
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     acc = _accumulator_dtype(q)
     scores = jnp.einsum("qghd,tgd->ghqt", grouped, k, preferred_element_type=acc)
-    return jnp.where(visible, scores * q.shape[2] ** -0.5, -jnp.inf)
+    scores = scores * scoring.scale
+    if scoring.softcap is None:
+        return scores
+    return scoring.softcap * jnp.tanh(scores / scoring.softcap)
 
 
 def _accumulator_dtype(x: Array) -> np.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-@jax.custom_vjp
-def _attention_xla(q, k, v, start):
-    return _forward(q, k, v, start)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention_xla(q, k, v, start, scoring: Scoring):
+    return _forward(q, k, v, start, scoring)[0]
 
 
-def _forward(q, k, v, start):
+def _forward(q, k, v, start, scoring: Scoring):
     bad = _samples_with(_nonfinite(q) | _nonfinite(k) | _nonfinite(v), start)
     q, k, v = (_fill(bad, x, 0.0) for x in (q, k, v))
 
     def chunk(carry, args):
         rows, q_rows = args
-        return carry, _attend(q_rows, k, v, _visible(rows, start))
+        return carry, _attend(q_rows, k, v, _visible(rows, start, scoring.window), scoring)
 
     _, (out, log_sum) = _over_chunks(chunk, (), (jnp.arange(q.shape[0]), q))
     bad = _samples_with(bad | _nonfinite(out), start)
     return _fill(bad, out, jnp.nan), (q, k, v, start, bad, out, log_sum)
 
 
-def _backward(residuals, dout):
+def _backward(scoring: Scoring, residuals, dout):
     q, k, v, start, bad, out, log_sum = residuals
     bad = _samples_with(bad | _nonfinite(dout), start)
     q, k, v, out, log_sum, dout = (_fill(bad, x, 0.0) for x in (q, k, v, out, log_sum, dout))
@@ -155,7 +210,8 @@ def _backward(residuals, dout):
 
     def chunk(sums, args):
         rows, q_rows, *rest = args
-        dq, dk, dv = _attend_backward(q_rows, k, v, _visible(rows, start), *rest)
+        visible = _visible(rows, start, scoring.window)
+        dq, dk, dv = _attend_backward(q_rows, k, v, visible, scoring, *rest)
         return (sums[0] + dk, sums[1] + dv), dq
 
     zeros = (jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc))
@@ -185,9 +241,13 @@ def _over_chunks(body, carry, args):
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], outs)
 
 
-def _visible(rows: Int[Array, " Q"], start: Int[Array, " T"]) -> Bool[Array, "Q T"]:
-    keys = jnp.arange(start.shape[0])
-    return (keys >= start[rows][:, None]) & (keys <= rows[:, None])
+def _visible(
+    rows: Int[Array, " Q"], start: Int[Array, " T"], window: int | None
+) -> Bool[Array, "Q T"]:
+    keys, first = jnp.arange(start.shape[0]), start[rows]
+    if window is not None:
+        first = jnp.maximum(first, rows - (window - 1))
+    return (keys >= first[:, None]) & (keys <= rows[:, None])
 
 
 def _nonfinite(x: Float[Array, "T _ _"]) -> Bool[Array, " T"]:

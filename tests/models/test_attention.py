@@ -16,13 +16,17 @@ ROWS, LENGTHS = 40, (11, 1, 17, 5)
 FIRST = slice(0, 11)
 
 
-def dense(q, k, v, start):
+def dense(q, k, v, start, *, window=None, softcap=None, scale=None):
     """Attention with a mask, heads repeated: the textbook."""
     group = q.shape[1] // k.shape[1]
     k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    scores = jnp.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
+    scores = jnp.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[2] ** -0.5)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     rows = jnp.arange(q.shape[0])
     visible = (rows[None] >= start[:, None]) & (rows[None] <= rows[:, None])
+    if window is not None:
+        visible &= rows[:, None] - rows[None] < window
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("hqk,khd->qhd", weights, v)
 
@@ -38,9 +42,9 @@ def value_and_gradients(function, q, k, v, dout, where):
     return out, pull(dout)
 
 
-def by_chunks(q, k, v, segments):
+def by_chunks(q, k, v, segments, **scoring):
     """Another name, so that jit does not mistake it for the one without chunks."""
-    return attention(q, k, v, segments)
+    return attention(q, k, v, segments, **scoring)
 
 
 @pytest.fixture(params=[attention, by_chunks])
@@ -62,6 +66,33 @@ def test_values_and_gradients(rng, packed_attention, heads, groups):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
         truth = value_and_gradients(dense, *wide, segments.start)
     assert_error_ratio(ours, reference, jax.tree.map(np.asarray, truth), floor_ulp=8.0)
+
+
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        {"window": 4},
+        {"window": 1},
+        {"softcap": 0.7},
+        {"scale": 0.125},
+        {"window": 5, "softcap": 1.5, "scale": 0.8},
+    ],
+)
+def test_window_soft_cap_and_scale(rng, packed_attention, scoring):
+    _, segments = packed(LENGTHS, ROWS)
+    inputs = random_inputs(rng)
+    ours = value_and_gradients(partial(packed_attention, **scoring), *inputs, segments)
+    reference = value_and_gradients(partial(dense, **scoring), *inputs, segments.start)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
+        truth = value_and_gradients(partial(dense, **scoring), *wide, segments.start)
+    truth = jax.tree.map(np.asarray, truth)
+    assert_error_ratio(ours, reference, truth, floor_ulp=8.0)
+    for ignored in scoring:  # each setting counts: without it the result is another
+        rest = {key: value for key, value in scoring.items() if key != ignored}
+        other = value_and_gradients(partial(dense, **rest), *inputs, segments.start)
+        with pytest.raises(AssertionError, match="error beyond"):
+            assert_error_ratio(ours, other, other, floor_ulp=64.0)
 
 
 def test_bfloat16(rng, packed_attention):
@@ -137,6 +168,15 @@ def test_cache_rows_beyond_the_position_are_not_seen(rng):
     np.testing.assert_allclose(out[0], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scoring", [{"window": 3}, {"softcap": 0.7, "scale": 0.5, "window": 7}])
+def test_cache_obeys_window_soft_cap_and_scale(rng, scoring):
+    q, k, v, _ = random_inputs(rng, rows=12)
+    _, segments = packed([9], 12)
+    expected = dense(q, k, v, segments.start, **scoring)[4:9]
+    out = cached_attention(q[None, 4:9], k[None], v[None], jnp.arange(4, 9)[None], **scoring)
+    np.testing.assert_allclose(out[0], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_refusals(rng):
     q, k, v, _ = random_inputs(rng)
     _, segments = packed(LENGTHS, ROWS)
@@ -144,3 +184,7 @@ def test_refusals(rng):
         attention(q, jnp.tile(k, (1, 2, 1)), jnp.tile(v, (1, 2, 1)), segments)
     with pytest.raises(Exception, match="implementation"):
         attention(q, k, v, segments, implementation="cudnn")
+    with pytest.raises(ValueError, match="window=0"):
+        attention(q, k, v, segments, window=0)
+    with pytest.raises(ValueError, match=r"softcap=0\.0"):
+        attention(q, k, v, segments, softcap=0.0)
