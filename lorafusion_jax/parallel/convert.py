@@ -7,7 +7,7 @@ sum would not continue to the same bits.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +18,13 @@ from lorafusion_jax.lora.bank import AdapterBank
 from lorafusion_jax.parallel.layout import Layout
 from lorafusion_jax.parallel.state import StreamState, Sums, mesh_sizes, state_specs
 from lorafusion_jax.parallel.stream import put_global
-from lorafusion_jax.train.optimizer import Adapters
 from lorafusion_jax.train.step import TrainState
+
+type HostArray = Any
+"""A numpy array where the annotations of a state, which is also traced, say jax.Array."""
+
+
+type HostAdapters = dict[str, dict[str, HostArray]]
 
 
 class Names(NamedTuple):
@@ -95,16 +100,13 @@ def from_one_device(
     """
     data, stages = mesh_sizes(mesh)
     saved = jax.tree.map(np.asarray, saved)
-    grads, loss, tokens = (
-        jax.tree.map(lambda x: _ranks(x, data, len(versions)), tree)
-        for tree in (saved.grads, saved.loss, saved.tokens)
+    grads, loss, tokens = jax.tree.map(
+        lambda x: _ranks(x, data, len(versions)), (saved.grads, saved.loss, saved.tokens)
     )
     bank = saved.bank
     staged = _adapters_to_stages(names, {"a": bank.a, "b": bank.b})
     moments = jax.tree.map(
-        lambda x: (
-            _adapters_to_stages(names, x) if isinstance(x, dict) else np.concatenate([x] * stages)
-        ),
+        lambda x: _adapters_to_stages(names, x) if isinstance(x, dict) else _on_all(stages, x),
         saved.opt.moments,
         is_leaf=_is_adapters,
     )
@@ -120,9 +122,7 @@ def from_one_device(
         opt=saved.opt._replace(moments=moments),
         version=np.asarray(versions, np.int32),
         sums=Sums(
-            _adapters_to_stages(names, grads),
-            np.concatenate([loss] * stages),
-            np.concatenate([tokens] * stages),
+            _adapters_to_stages(names, grads), _on_all(stages, loss), _on_all(stages, tokens)
         ),
     )
     specs = state_specs(into)
@@ -137,7 +137,7 @@ def _is_adapters(tree: PyTree) -> bool:
     return isinstance(tree, dict) and tree.keys() == {"a", "b"}
 
 
-def _host(array: Array | np.ndarray) -> np.ndarray:
+def _host(array: Array | np.ndarray) -> HostArray:
     """A whole array in host memory, also where other processes hold parts of it."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -146,20 +146,29 @@ def _host(array: Array | np.ndarray) -> np.ndarray:
     return np.asarray(process_allgather(array, tiled=True))
 
 
-def _first(array: Array, parts: int) -> np.ndarray:
+def _first(array: Array, parts: int) -> HostArray:
     """The first of equal parts along axis 0."""
     return np.split(_host(array), parts)[0]
 
 
-def _adapters_from_stages(names: Names, tree: Mapping[str, Mapping]) -> Adapters:
+def _on_all(parts: int, array: np.ndarray) -> HostArray:
+    """The inverse of `_first`."""
+    return np.concatenate([array] * parts)
+
+
+def _adapters_from_stages(
+    names: Names, tree: Mapping[str, Mapping]
+) -> dict[str, dict[str, HostArray]]:
     return {key: _from_stages(names, leaves) for key, leaves in tree.items()}
 
 
-def _adapters_to_stages(names: Names, tree: Mapping[str, Mapping]) -> Adapters:
+def _adapters_to_stages(
+    names: Names, tree: Mapping[str, Mapping]
+) -> dict[str, dict[str, HostArray]]:
     return {key: _to_stages(names, leaves) for key, leaves in tree.items()}
 
 
-def _from_stages(names: Names, leaves: Mapping[str, Array]) -> dict[str, np.ndarray]:
+def _from_stages(names: Names, leaves: Mapping[str, Array]) -> dict[str, HostArray]:
     """Cuts each place's leaf by stage."""
     found = {}
     for place, leaf in leaves.items():
@@ -170,7 +179,7 @@ def _from_stages(names: Names, leaves: Mapping[str, Array]) -> dict[str, np.ndar
     return {path: found[path] for path in names.paths}
 
 
-def _to_stages(names: Names, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _to_stages(names: Names, leaves: Mapping[str, HostArray]) -> dict[str, HostArray]:
     """Concatenates each place's leaves over stages; zeros where a stage has no such module."""
     found = {}
     for place in names.places:

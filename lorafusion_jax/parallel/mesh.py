@@ -1,7 +1,7 @@
 """The mesh (data, stage), how arrays lie on it, and which meshes can work."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ PER_STAGE = PartitionSpec(STAGE)  # frozen weights, adapters, moments, rows of e
 PER_DEVICE = PartitionSpec((STAGE, DATA))  # rings, exchanges, accumulators
 PER_RANK = PartitionSpec(None, DATA)  # rows of the schedule: [slot, rank, ...]
 
+type Device = Any
+"""A `jax.Device`, of which type checkers do not see that it is a class."""
+
 type AxisKind = Literal["auto", "explicit"]
 _AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
@@ -27,7 +30,7 @@ def make_mesh(
     stage: int,
     *,
     num_layers: int,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     axis_kind: AxisKind = "auto",
 ) -> Mesh:
     """Makes the mesh of `data` copies of a pipeline of `stage` devices.

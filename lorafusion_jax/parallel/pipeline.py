@@ -26,7 +26,7 @@ predicate that is the same on all devices.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,12 @@ class Window(NamedTuple):
     expected: Int[Array, "W slots"]
 
 
-WINDOW_SPECS = Window(PackedBatch(*[PER_RANK] * 9), PER_RANK, REPLICATED, REPLICATED)
+# A tree of specs has the structure of the arrays that it places, in whose words it is annotated.
+_BY_RANK: Any = PER_RANK
+_EVERYWHERE: Any = REPLICATED
+WINDOW_SPECS = Window(
+    PackedBatch(*[_BY_RANK] * len(PackedBatch._fields)), _BY_RANK, _EVERYWHERE, _EVERYWHERE
+)
 
 
 @dataclass(frozen=True)

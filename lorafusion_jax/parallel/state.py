@@ -86,11 +86,12 @@ def state_specs(state: StreamState) -> StreamState:
     def all_of(tree: PyTree, spec: PartitionSpec) -> PyTree:
         return jax.tree.map(lambda _: spec, tree)
 
+    everywhere: PyTree = REPLICATED
     bank = all_of(state.bank, REPLICATED)
     bank = bank._replace(**{k: all_of(getattr(state.bank, k), PER_STAGE) for k in _STAGED})
     opt = all_of(state.opt, REPLICATED)._replace(moments=all_of(state.opt.moments, PER_STAGE))
     return StreamState(
-        bank, opt, REPLICATED, all_of(state.sums, PER_DEVICE), all_of(state.flow, PER_DEVICE)
+        bank, opt, everywhere, all_of(state.sums, PER_DEVICE), all_of(state.flow, PER_DEVICE)
     )
 
 

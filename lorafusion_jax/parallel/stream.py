@@ -85,12 +85,11 @@ def empty_slot(like: Slot) -> Slot:
 def window_of(slots: Sequence[Slot], mesh: Mesh) -> Window:
     """Puts consecutive slots on the mesh, each rank's microbatches on its devices."""
     batches = [jax.tree.map(lambda *x: np.stack(x), *slot.batches) for slot in slots]
-    window = Window(
-        jax.tree.map(lambda *x: np.stack(x), *batches),
-        np.stack([slot.valid for slot in slots]),
-        np.stack([slot.ends for slot in slots]),
-        np.stack([slot.expected for slot in slots]),
-    )
+    rows = [
+        (batch, slot.valid, slot.ends, slot.expected)
+        for batch, slot in zip(batches, slots, strict=True)
+    ]
+    window = Window(*jax.tree.map(lambda *x: np.stack(x), *rows))
     return put_global(window, WINDOW_SPECS, mesh)
 
 

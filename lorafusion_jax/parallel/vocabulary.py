@@ -14,10 +14,9 @@ after the last of them. No function here holds the logits of more than a chunk o
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lorafusion_jax.parallel.mesh import STAGE
 from lorafusion_jax.train.loss import TokenLosses
@@ -179,6 +178,8 @@ def losses_over_stages(
     return TokenLosses(jnp.where(live, weight * softmax.loss, 0), live & (best == labels))
 
 
-def unsorted[T: jax.Array](sorted_rows: T, order: Int[Array, " C"]) -> T:
+def unsorted(
+    sorted_rows: Shaped[Array, "C ..."], order: Int[Array, " C"]
+) -> Shaped[Array, "C ..."]:
     """Puts rows back to where `supervised_first` took them from."""
     return sorted_rows[jnp.argsort(order)]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from lorafusion_jax.models import Base, ModelConfig
 from lorafusion_jax.parallel.layout import Layout
-from lorafusion_jax.parallel.mesh import PER_STAGE, REPLICATED, STAGE
+from lorafusion_jax.parallel.mesh import PER_STAGE, REPLICATED, STAGE, Device
 from lorafusion_jax.parallel.stage import LayerWeights, flat_arrays, layer_shapes
 from lorafusion_jax.parallel.state import mesh_sizes
 from lorafusion_jax.parallel.vocabulary import padded_vocabulary
@@ -110,7 +110,7 @@ def random_weights(
     return Frozen(layers, norm, embedding, head)
 
 
-def stage_devices(mesh: Mesh) -> Iterator[tuple[int, jax.Device]]:
+def stage_devices(mesh: Mesh) -> Iterator[tuple[int, Device]]:
     """Yields (stage, device) of this process's devices."""
     for rank in mesh.devices:
         for stage, device in enumerate(rank):
