@@ -1,23 +1,37 @@
-"""From jobs to the one plan of a run: which job holds which slot when, and joins of later jobs."""
+"""From jobs to the one plan of a run: which job holds which slot when, and changes on the way."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorafusion_sched import Job, Microbatch, Plan, Problem, Sample, Stretch, padded, plan, verify
+from lorafusion_sched import (
+    Clock,
+    Cost,
+    Job,
+    Microbatch,
+    Plan,
+    Problem,
+    padded,
+    replan,
+    trained_batches,
+    trained_part,
+    verify,
+)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A verified plan with the slots of its jobs.
+    """A verified plan with the adapter slots of its jobs.
 
     Attributes:
+        problem: what the plan solves; a job that ended early reaches as far as it was trained.
         plan: every sample of every job, once.
-        slot: adapter slot of each job.
+        slot: adapter slot of each job that trains.
         first: microbatch with which a job starts: its slot is initialised just before.
         last: microbatch with which a job's last global batch ends: its slot is free after it.
         num_slots: slots in use at the same time, at most.
     """
 
+    problem: Problem
     plan: Plan
     slot: dict[str, int]
     first: dict[str, int]
@@ -32,11 +46,16 @@ def make_schedule(
     tile: int,
     max_slots: int | None = None,
     done: Sequence[Microbatch] = (),
+    ended: Collection[str] = (),
+    slots: Mapping[str, int] | None = None,
+    distance: int = 1,
+    width: int = 1,
+    clock: Clock = "1f1b",
+    cost: Cost | None = None,
 ) -> Schedule:
     """Plans all jobs, at most `max_slots` of them at a time, after what is already done.
 
-    A waiting job starts when another ends: the plan is cut there and the rest is planned anew with
-    the waiting job in it.
+    A waiting job starts when another ends.
 
     Args:
         jobs: complete jobs, in order of admission.
@@ -44,6 +63,12 @@ def make_schedule(
         tile: padding multiple of a stretch.
         max_slots: slots there are; None for one per job.
         done: microbatches executed so far; they stay as they are.
+        ended: jobs that stopped early or were cancelled: `done` is all of them.
+        slots: adapter slots of the jobs that have started; None is the lowest free one for each.
+        distance: see `lorafusion_sched.Problem`; also the next three.
+        width: microbatches per slot of the pipeline.
+        clock: how pipeline stages take turns.
+        cost: time of a microbatch.
 
     Returns:
         The verified schedule.
@@ -51,30 +76,96 @@ def make_schedule(
     Raises:
         PlanError: a sample fits no capacity.
     """
-    limit = max_slots or len(jobs)
-    microbatches = list(done)
-    started = {stretch.job for m in done for stretch in m.stretches}
-    queue = sorted(jobs, key=lambda job: job.name not in started)
-    while rest := _rest(queue, microbatches):
-        active, waiting = rest[:limit], rest[limit:]
-        part = plan(Problem(jobs=tuple(job for job, _ in active), capacities=capacities, tile=tile))
-        offsets = {job.name: offset for job, offset in active}
-        numbered = [_renumber(m, offsets) for m in part.microbatches]
-        cut = _first_end(numbered, active) if waiting else len(numbered)
-        microbatches += numbered[:cut]
-        queue = [job for job in queue if job.name in {j.name for j, _ in active + waiting}]
-    return schedule_of(Plan(microbatches=tuple(microbatches), tile=tile, distance=1, width=1), jobs)
+    begun = {name for mb in done for name in (stretch.job for stretch in mb.stretches)}
+    if max_slots is not None:  # more may be under way if there were more slots before
+        max_slots = max(max_slots, len(begun - set(ended)))
+    problem = Problem(
+        jobs=tuple(jobs),
+        capacities=tuple(sorted({*capacities, *(mb.capacity for mb in done)})),
+        tile=tile,
+        distance=distance,
+        width=width,
+        max_active=max_slots,
+        clock=clock,
+        cost=cost or Cost(),
+    )
+    so_far = Plan(microbatches=tuple(done), tile=tile, distance=distance, width=width)
+    revision = replan(problem, so_far, len(done), ended={name: len(done) for name in ended})
+    return _with_slots(revision.problem, revision.plan, slots or {})
 
 
-def schedule_of(whole: Plan, jobs: Sequence[Job]) -> Schedule:
+def schedule_of(
+    whole: Plan,
+    jobs: Sequence[Job],
+    *,
+    ended: Collection[str] = (),
+    slots: Mapping[str, int] | None = None,
+    max_slots: int | None = None,
+    clock: Clock = "1f1b",
+    cost: Cost | None = None,
+) -> Schedule:
     """Verifies a plan of complete jobs and gives each job the lowest slot free when it starts.
+
+    Args:
+        whole: the plan.
+        jobs: complete jobs.
+        ended: jobs that stopped early or were cancelled: the plan may train less of them.
+        slots: adapter slots of jobs, where they are not to be found anew.
+        max_slots: slots there are, for changes later on; None for one per job.
+        clock: see `make_schedule`; also the next.
+        cost: time of a microbatch.
 
     Raises:
         PlanError: the plan does not train exactly these jobs.
     """
-    sizes = tuple(sorted({m.capacity for m in whole.microbatches}))
-    verify(Problem(jobs=tuple(jobs), capacities=sizes, tile=whole.tile), whole)
-    return _with_slots(whole)
+    past = trained_batches(whole.microbatches) if ended else {}
+    problem = Problem(
+        jobs=tuple(
+            trained_part(job, past.get(job.name, {})) if job.name in ended else job for job in jobs
+        ),
+        capacities=tuple(sorted({m.capacity for m in whole.microbatches})) or (whole.tile,),
+        tile=whole.tile,
+        distance=whole.distance,
+        width=whole.width,
+        max_active=max_slots,
+        clock=clock,
+        cost=cost or Cost(),
+    )
+    verify(problem, whole)
+    return _with_slots(problem, whole, slots or {})
+
+
+def reschedule(
+    schedule: Schedule,
+    cursor: int,
+    *,
+    ended: Mapping[str, int] | None = None,
+    added: Sequence[Job] = (),
+    repack: bool = True,
+    max_slots: int | None = None,
+) -> Schedule:
+    """Changes what follows the cursor: jobs stop early, are cancelled, or join.
+
+    Args:
+        schedule: so far.
+        cursor: microbatches that stay as they are, executed or about to be.
+        ended: jobs that end, and the microbatch from which on nothing of them is trained.
+        added: complete jobs that join.
+        repack: see `lorafusion_sched.replan`: False changes no bit of the other jobs.
+        max_slots: adapter slots there are; None leaves the limit as it is.
+
+    Returns:
+        The verified schedule; jobs that have started keep their slots.
+
+    Raises:
+        PlanError: a name is unknown or taken, or a sample fits no capacity.
+    """
+    problem = schedule.problem
+    if max_slots is not None:
+        problem = replace(problem, max_active=max_slots)
+    revision = replan(problem, schedule.plan, cursor, ended=ended, added=added, repack=repack)
+    held = {name: slot for name, slot in schedule.slot.items() if schedule.first[name] < cursor}
+    return _with_slots(revision.problem, revision.plan, held)
 
 
 def capacity_that_fills(jobs: Iterable[Job], limit: int, tile: int) -> int:
@@ -98,55 +189,23 @@ def padding_share(microbatches: Iterable[Microbatch]) -> float:
     return 1 - tokens / rows if rows else 0.0
 
 
-def _rest(jobs: Sequence[Job], done: Sequence[Microbatch]) -> list[tuple[Job, int]]:
-    """What remains of each job, and how many of its global batches are complete."""
-    gone: dict[str, dict[int, set[Sample]]] = {}
-    for microbatch in done:
-        for stretch in microbatch.stretches:
-            batches = gone.setdefault(stretch.job, {})
-            batches.setdefault(stretch.batch, set()).update(stretch.samples)
-    rest = []
-    for job in jobs:
-        seen = gone.get(job.name, {})
-        left = [
-            tuple(sample for sample in batch if sample not in seen.get(number, ()))
-            for number, batch in enumerate(job.batches)
-        ]
-        complete = next((i for i, batch in enumerate(left) if batch), len(left))
-        if complete < len(left):
-            rest.append((replace(job, batches=tuple(left[complete:])), complete))
-    return rest
-
-
-def _renumber(microbatch: Microbatch, offsets: dict[str, int]) -> Microbatch:
-    stretches = (replace(s, batch=s.batch + offsets[s.job]) for s in microbatch.stretches)
-    return Microbatch(tuple(stretches), microbatch.capacity)
-
-
-def _first_end(microbatches: Sequence[Microbatch], active: list[tuple[Job, int]]) -> int:
-    """How many microbatches run until the first of the active jobs is complete."""
-    final = {job.name: offset + len(job.batches) - 1 for job, offset in active}
-    for index, microbatch in enumerate(microbatches):
-        if any(s.ends and s.batch == final[s.job] for s in microbatch.stretches):
-            return index + 1
-    raise AssertionError("a plan ends every job it holds")
-
-
-def _with_slots(whole: Plan) -> Schedule:
+def _with_slots(problem: Problem, whole: Plan, held: Mapping[str, int]) -> Schedule:
+    """Gives each job its slot; one is free again `distance` pipeline slots after its job's last."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for index, stretch in _stretches(whole):
-        first.setdefault(stretch.job, index)
-        last[stretch.job] = index
-    slot: dict[str, int] = {}
-    for index, stretch in _stretches(whole):
-        if first[stretch.job] == index:
-            taken = {slot[job] for job in slot if last[job] >= index}
-            slot[stretch.job] = min(set(range(len(taken) + 1)) - taken)
-    return Schedule(whole, slot, first, last, max(slot.values(), default=-1) + 1)
-
-
-def _stretches(whole: Plan) -> Iterable[tuple[int, Stretch]]:
     for index, microbatch in enumerate(whole.microbatches):
         for stretch in microbatch.stretches:
-            yield index, stretch
+            first.setdefault(stretch.job, index)
+            last[stretch.job] = index
+    slot = {name: number for name, number in held.items() if name in first}
+    in_order = sorted((name for name in first if name not in slot), key=lambda name: first[name])
+    for name in in_order:
+        start, end = first[name] // whole.width, last[name] // whole.width
+        taken = {
+            number
+            for other, number in slot.items()
+            if first[other] // whole.width < end + whole.distance
+            and last[other] // whole.width + whole.distance > start
+        }
+        slot[name] = min(set(range(len(taken) + 1)) - taken)
+    return Schedule(problem, whole, slot, first, last, max(slot.values(), default=-1) + 1)

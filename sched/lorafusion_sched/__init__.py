@@ -16,6 +16,10 @@ from lorafusion_sched.problem import distance_of as distance_of
 from lorafusion_sched.problem import job_from_lengths as job_from_lengths
 from lorafusion_sched.problem import padded as padded
 from lorafusion_sched.refill import pack as pack
+from lorafusion_sched.replan import Revision as Revision
+from lorafusion_sched.replan import replan as replan
+from lorafusion_sched.replan import trained_batches as trained_batches
+from lorafusion_sched.replan import trained_part as trained_part
 from lorafusion_sched.search import choose_capacity as choose_capacity
 from lorafusion_sched.search import plan as plan
 from lorafusion_sched.serialize import from_json as from_json

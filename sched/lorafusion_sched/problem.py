@@ -40,10 +40,19 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job: its name and its global batches, in the order in which they must be trained."""
+    """A job: its name and its global batches, in the order in which they must be trained.
+
+    Attributes:
+        name: unique in a problem.
+        batches: samples of each global batch.
+        ready: first slot in which it may train.
+        unfinished: the job was cancelled in its last global batch, which therefore never ends.
+    """
 
     name: str
     batches: tuple[tuple[Sample, ...], ...]
+    ready: int = 0
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +96,8 @@ class Problem:
             job's next one; 1 means no constraint beyond order.
         width: microbatches per slot (data parallelism).
         max_jobs: jobs per microbatch at most; None is no limit.
+        max_active: jobs in training at the same time at most (adapter slots); the others wait, in
+            order, and start `distance` slots after one has ended. None is no limit.
         clock: how pipeline stages take turns: "1f1b" (asynchronous, distance = stages), or the
             lockstep engine's "bfh" (distance = 2 stages - 1) and "fbh" (distance = 2 stages).
         cost: time of a microbatch; plans are compared by the time that it predicts.
@@ -98,6 +109,7 @@ class Problem:
     distance: int = 1
     width: int = 1
     max_jobs: int | None = None
+    max_active: int | None = None
     clock: Clock = "1f1b"
     cost: Cost = field(default_factory=Cost)
 
@@ -110,8 +122,9 @@ class Problem:
             )
         if self.distance < 1 or self.width < 1:
             raise PlanError(f"distance={self.distance} and width={self.width} must be at least 1")
-        if self.max_jobs is not None and self.max_jobs < 1:
-            raise PlanError(f"max_jobs={self.max_jobs} must be at least 1, or None for no limit")
+        for limit in ("max_jobs", "max_active"):
+            if (value := getattr(self, limit)) is not None and value < 1:
+                raise PlanError(f"{limit}={value} must be at least 1, or None for no limit")
         if self.clock not in get_args(Clock.__value__):
             raise PlanError(f"clock={self.clock!r} must be one of {get_args(Clock.__value__)}")
         if self.distance != distance_of(self.clock, self.stages):

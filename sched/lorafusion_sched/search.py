@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 
-from lorafusion_sched.problem import Microbatch, Plan, Problem, padded
+from lorafusion_sched.problem import Job, Microbatch, Plan, Problem, padded
 from lorafusion_sched.refill import pack_plan
 from lorafusion_sched.simulate import makespan, slot_times
 from lorafusion_sched.stream import Policy, Settings, Stream, stream
@@ -34,8 +34,9 @@ def plan(problem: Problem) -> Plan:
     Returns:
         The plan; the same for the same problem in every process.
     """
-    if _serial(problem) and all(len(j.batches) < 2 for j in problem.jobs):
-        return pack_plan(problem)
+    if _serial(problem) and all(_one_batch(job) for job in problem.jobs):
+        if problem.max_active is None or len(problem.jobs) <= problem.max_active:
+            return pack_plan(problem)
     return stream(problem, choose_settings(problem))
 
 
@@ -48,6 +49,10 @@ def choose_settings(problem: Problem) -> Settings:
     policies: tuple[Policy, ...] = ("even", "critical")
     finals = [replace(settings, policy=p) for settings in ranked[:2] for p in policies]
     return min(finals, key=lambda settings: plan_time(problem, stream(problem, settings)))
+
+
+def _one_batch(job: Job) -> bool:
+    return len(job.batches) < 2 and not job.ready and not job.unfinished
 
 
 def _serial(problem: Problem) -> bool:

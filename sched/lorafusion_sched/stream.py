@@ -8,6 +8,7 @@ join, be cancelled or stop while it runs.
 """
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -44,8 +45,9 @@ class Settings:
 class _Line:
     """One job on its way through the stream: its open batch and when that may start."""
 
-    def __init__(self, job: Job, order: int, ready: int, turn: int):
-        self.job, self.order, self.ready, self.turn = job, order, ready, turn
+    def __init__(self, job: Job, order: int, ready: int):
+        self.job, self.order, self.ready = job, order, ready
+        self.turn = 0  # batch number of the others when it started
         self.batch = 0
         self.opened = False
         self.chain: list[float] = []  # see `_chain`
@@ -61,6 +63,11 @@ class _Line:
     def done(self) -> bool:
         return self.batch == len(self.job.batches)
 
+    @property
+    def cut(self) -> bool:
+        """Whether the open batch never ends."""
+        return self.job.unfinished and self.batch + 1 == len(self.job.batches)
+
 
 class Stream:
     """Plans slot after slot; jobs may join or leave between two slots.
@@ -74,11 +81,13 @@ class Stream:
         self.problem, self.settings = problem, settings
         self.slot = 0
         self._joined = 0
+        self._active = 0  # jobs that hold an adapter slot
+        self._backlog: deque[_Line] = deque()  # jobs that wait for one
         self._rows, self._size = _sizes(problem, settings)
         self._queue: list[_Line] = []  # ready, the most urgent first
         self._waiting: list[tuple[int, int, _Line]] = []  # heap of (ready, order, line)
         for job in problem.jobs:
-            self.add(job)
+            self.add(job, ready=job.ready)
 
     def add(self, job: Job, *, ready: int | None = None) -> None:
         """Lets a job join; it takes turns with the others from now on.
@@ -90,17 +99,15 @@ class Stream:
         Raises:
             PlanError: the name is taken, or a sample does not fit.
         """
-        if any(line.job.name == job.name for line in self._lines()):
+        if any(line.job.name == job.name for line in (*self._lines(), *self._backlog)):
             raise PlanError(f"job {job.name} is in the stream already")
         if self._joined >= len(self.problem.jobs):
             Problem(jobs=(job,), capacities=self.problem.capacities, tile=self.problem.tile)
-        turn = min((line.turn + line.batch for line in self._lines()), default=0)
-        line = _Line(job, self._joined, self.slot if ready is None else ready, turn)
+        line = _Line(job, self._joined, self.slot if ready is None else ready)
         self._joined += 1
         if not line.done:
-            line.chain = _chain(job, self.problem.distance, self._rows)
-            line.open(self._size)
-            self._wait(line)
+            self._backlog.append(line)
+            self._admit(0)
 
     def remove(self, name: str, *, finish_batch: bool = False) -> None:
         """Takes a job out; what is already planned of it stays planned.
@@ -109,15 +116,18 @@ class Stream:
             name: the job; nothing happens if it has ended.
             finish_batch: whether the rest of its open global batch is still to be planned.
         """
+        self._backlog = deque(line for line in self._backlog if line.job.name != name)
         for line in self._lines():
             if line.job.name == name:
                 keep = line.batch + 1 if finish_batch and line.opened else 0
                 line.job = Job(name=name, batches=line.job.batches[:keep])
                 if not keep:
                     line.batch = 0
+                    self._active -= 1
         self._queue = [line for line in self._queue if not line.done]
         self._waiting = [entry for entry in self._waiting if not entry[2].done]
         heapify(self._waiting)
+        self._admit(self.slot + self.problem.distance - 1)
 
     def next_slot(self) -> list[Microbatch] | None:
         """Plans one slot of `width` microbatches; None when all jobs have ended."""
@@ -141,11 +151,26 @@ class Stream:
             line.open(self._size)
             if not line.done:
                 self._wait(line)
+            else:
+                self._active -= 1
+                self._admit(line.ready)
         self.slot += 1
         return microbatches
 
     def _lines(self) -> list[_Line]:
         return self._queue + [line for _, _, line in self._waiting]
+
+    def _admit(self, ready: int) -> None:
+        """Gives the adapter slots that are free from slot `ready` on to jobs of the backlog."""
+        limit = self.problem.max_active
+        while self._backlog and (limit is None or self._active < limit):
+            line = self._backlog.popleft()
+            self._active += 1
+            line.ready = max(line.ready, ready)
+            line.turn = min((other.turn + other.batch for other in self._lines()), default=0)
+            line.chain = _chain(line.job, self.problem.distance, self._rows)
+            line.open(self._size)
+            self._wait(line)
 
     def _wait(self, line: _Line) -> None:
         heappush(self._waiting, (line.ready, line.order, line))
@@ -186,7 +211,7 @@ class Stream:
                 job=line.job.name,
                 batch=line.batch,
                 samples=tuple(line.job.batches[line.batch][i] for i in numbers),
-                ends=not line.pool.items,
+                ends=not line.pool.items and not line.cut,
             )
             for line, numbers in sorted(shares, key=lambda share: share[0].order)
         )

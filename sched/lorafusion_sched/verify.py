@@ -10,8 +10,9 @@ def verify(problem: Problem, plan: Plan) -> None:
 
     Rules: every sample exactly once (as a multiset) in its own global batch; each microbatch within
     its capacity after padding every stretch to the tile; at most one global batch of a job in a
-    slot; batches in order, at least `distance` slots apart; end flags on exactly the last slot of
-    each global batch.
+    slot; batches in order, at least `distance` slots apart, the first not before the job is ready;
+    at most `max_active` jobs at a time; end flags on exactly the last slot of each global batch,
+    and none on the last batch of an unfinished job.
 
     Args:
         problem: what had to be planned.
@@ -34,6 +35,7 @@ def verify(problem: Problem, plan: Plan) -> None:
     slots = _slots_of_batches(problem, plan)
     _check_samples(problem, plan)
     _check_order(problem, slots)
+    _check_active(problem, slots)
     _check_ends(problem, plan, slots)
 
 
@@ -116,9 +118,40 @@ def _check_order(problem: Problem, slots: dict[tuple[str, int], list[int]]) -> N
                 )
 
 
+def _check_active(problem: Problem, slots: dict[tuple[str, int], list[int]]) -> None:
+    spans: list[tuple[int, int, str]] = []
+    for job in problem.jobs:
+        if job.batches:
+            first, last = slots[job.name, 0][0], slots[job.name, len(job.batches) - 1][-1]
+            spans.append((first, last, job.name))
+            if first < job.ready:
+                raise PlanError(
+                    f"job {job.name} starts in slot {first}, but is ready in slot {job.ready}"
+                )
+    if problem.max_active is None:
+        return
+    holding: list[int] = []  # last slots of the jobs that may still hold an adapter slot
+    for first, last, name in sorted(spans):
+        holding = [end for end in holding if end + problem.distance > first]
+        if len(holding) >= problem.max_active:
+            raise PlanError(
+                f"job {name} starts in slot {first}, where {len(holding)} other jobs hold all "
+                f"{problem.max_active} adapter slots"
+            )
+        holding.append(last)
+
+
 def _check_ends(problem: Problem, plan: Plan, slots: dict[tuple[str, int], list[int]]) -> None:
+    cut = {(job.name, len(job.batches) - 1) for job in problem.jobs if job.unfinished}
     for position, microbatch in enumerate(plan.microbatches):
         for stretch in microbatch.stretches:
+            if (stretch.job, stretch.batch) in cut:
+                if stretch.ends:
+                    raise PlanError(
+                        f"microbatch {position}: job {stretch.job}, global batch {stretch.batch} "
+                        "was cut short, but has ends=True"
+                    )
+                continue
             ends = position // problem.width == max(slots[stretch.job, stretch.batch])
             if stretch.ends is not ends:
                 raise PlanError(

@@ -2,7 +2,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.train.schedule import capacity_that_fills, make_schedule, padding_share
+from lorafusion_jax.train.schedule import (
+    capacity_that_fills,
+    make_schedule,
+    padding_share,
+    reschedule,
+    schedule_of,
+)
 from lorafusion_sched import PlanError, Problem, job_from_lengths, verify
 
 TILE = 16
@@ -80,3 +86,37 @@ def test_capacity_is_no_larger_than_the_data_can_fill():
     schedule = make_schedule(jobs, capacities=(80,), tile=TILE)
     assert len(schedule.plan.microbatches) == 1
     assert padding_share(schedule.plan.microbatches) == pytest.approx(5 / 80)
+
+
+@settings(max_examples=40)
+@given(lengths, st.data())
+def test_jobs_end_and_join_in_a_running_schedule(lengths, data):
+    """Whatever changes, a job that has started stays in its slot, and no two share one."""
+    jobs = jobs_of(lengths)
+    before = make_schedule(jobs, capacities=(64,), tile=TILE, max_slots=len(jobs))
+    cursor = data.draw(st.integers(0, len(before.plan.microbatches)))
+    ended = data.draw(st.dictionaries(st.sampled_from(jobs), st.integers(0, cursor)))
+    ended = {job.name: first for job, first in ended.items()}
+    added = [job_from_lengths("late", [9, 40, 33], global_batch_size=2)]
+    after = reschedule(before, cursor, ended=ended, added=added)
+    check(after.problem.jobs, after, len(jobs))
+    for job in jobs:
+        if job.name in after.slot and before.first[job.name] < min([cursor, *ended.values()]):
+            assert after.slot[job.name] == before.slot[job.name]
+    reread = schedule_of(
+        after.plan, [*jobs, *added], ended=ended, slots=after.slot, max_slots=len(jobs)
+    )
+    assert reread.plan == after.plan and reread.slot == after.slot
+    assert [(j.name, j.batches, j.unfinished) for j in reread.problem.jobs] == [
+        (j.name, j.batches, j.unfinished) for j in after.problem.jobs
+    ]
+
+
+def test_a_cancelled_job_leaves_the_others_where_they_are():
+    jobs = jobs_of([[20] * 12, [30] * 12, [10] * 12])
+    before = make_schedule(jobs, capacities=(64,), tile=TILE)
+    after = reschedule(before, 4, ended={"job1": 4}, repack=False)
+    rest = [[s for s in m.stretches if s.job != "job1"] for m in before.plan.microbatches[4:]]
+    assert [list(m.stretches) for m in after.plan.microbatches[4:]] == [s for s in rest if s]
+    packed = reschedule(before, 4, ended={"job1": 4})
+    assert len(packed.plan.microbatches) <= len(after.plan.microbatches)
