@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafusion_jax.lora import LoraSpec as LoraSpec
     from lorafusion_jax.lora import MultiLoRALinear as MultiLoRALinear
     from lorafusion_jax.lora import loraize as loraize
+    from lorafusion_jax.lora.qwix_plugin import FusedLoraProvider as FusedLoraProvider
     from lorafusion_jax.models.hf_weights import Base as Base
     from lorafusion_jax.models.hf_weights import load_base as load_base
     from lorafusion_jax.models.hf_weights import random_base as random_base
@@ -53,6 +54,7 @@ _HOMES = {
     ),
     "lorafusion_jax.data": ("Dataset",),
     "lorafusion_jax.lora": ("LoRALinear", "LoraSpec", "MultiLoRALinear", "loraize"),
+    "lorafusion_jax.lora.qwix_plugin": ("FusedLoraProvider",),
     "lorafusion_jax.models.hf_weights": ("Base", "load_base", "random_base"),
     "lorafusion_jax.train.optim": ("Adam", "AdamW", "Sgd"),
     "lorafusion_jax.train.run_folder": ("open_run",),
