@@ -9,7 +9,7 @@ import numpy as np
 
 from lorafusion_jax.errors import ModelError
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+type Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,29 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a Llama-family decoder; Hugging Face's names and defaults.
+    """The architecture of a decoder; Hugging Face's names and Llama's defaults.
+
+    What families differ in is a feature here, so that the decoder never asks for a family's name.
 
     Attributes:
+        model_type: Hugging Face's name of the family.
         eos_token_ids: generation stops at any of them.
         rope_theta: base of the rotary frequencies.
+        attention_bias: q, k, v and o have biases.
+        qkv_bias: q, k and v have biases (Qwen 2).
+        qk_norm: every head of q and k is normalized before the rotation (Qwen 3, Gemma 3).
+        norm_offset: what is added to the weights of all norms (1 for Gemma).
+        post_norms: attention and feed-forward block are normalized before they are added (Gemma);
+            the norm before the feed-forward block then has a name of its own.
+        activation: of the gate; gelu_tanh is the approximation by tanh.
+        embedding_scale: what embedded tokens are multiplied by.
+        attention_scale: factor of the attention scores, None for 1 / sqrt(head_dim).
+        attention_softcap: scores become cap * tanh(scores / cap); None for no cap.
+        logit_softcap: the same of the logits.
+        sliding_window: tokens that a token of a sliding layer sees at most, itself included.
+        sliding_layers: whether each layer has the sliding window; empty for none.
+        local_rope_theta: base of the rotary frequencies of the sliding layers, which are not
+            scaled; None where they are like those of the other layers.
     """
 
     vocab_size: int
@@ -50,6 +68,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    model_type: str = "llama"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -59,6 +78,18 @@ class ModelConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    local_rope_theta: float | None = None
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -68,6 +99,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
+        if self.sliding_layers and len(self.sliding_layers) != self.num_hidden_layers:
+            raise ModelError(
+                f"{len(self.sliding_layers)} layers are said to slide or not, expected one entry "
+                f"for each of {self.num_hidden_layers}"
+            )
+        if any(self.sliding_layers) != (self.sliding_window is not None):
+            raise ModelError(
+                f"sliding_window {self.sliding_window} and sliding layers {self.sliding_layers}: "
+                "expected both or neither"
+            )
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -77,42 +118,40 @@ class ModelConfig:
             values: the parsed JSON object.
 
         Returns:
-            The config with Hugging Face's defaults filled in.
+            The config with Hugging Face's defaults of its family filled in.
 
         Raises:
-            ModelError: the architecture, activation or rope type is not supported, or a size is
+            ModelError: the architecture, a key or its value is not supported, or a size is
                 missing or impossible; the message names it.
         """
-        _check_supported(values)
-        sizes = {name: _size(values, name) for name in _NEEDED}
-        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-        if values.get("head_dim") is None and hidden % heads:
-            raise ModelError(
-                f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads} "
-                "and head_dim is not given"
-            )
-        theta, scaling = _rope(values)
-        return cls(
-            **sizes,
-            num_key_value_heads=_size(values, "num_key_value_heads", heads),
-            head_dim=_size(values, "head_dim", hidden // heads),
-            rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=_size(values, "max_position_embeddings", 2048),
-            tie_word_embeddings=bool(_or(values, "tie_word_embeddings", False)),
-            attention_bias=bool(_or(values, "attention_bias", False)),
-            mlp_bias=bool(_or(values, "mlp_bias", False)),
-            bos_token_id=values.get("bos_token_id"),
-            eos_token_ids=token_ids(values.get("eos_token_id")),
-        )
+        from lorafusion_jax.models.hf_config import parse_hf_config
 
-    def rope_frequencies(self) -> np.ndarray:
+        return parse_hf_config(values)
+
+    def layer_window(self, layer: int) -> int | None:
+        """Returns how many tokens a token sees in a layer at most, None for all."""
+        return self.sliding_window if self.is_sliding(layer) else None
+
+    def is_sliding(self, layer: int) -> bool:
+        """Says whether a layer has the sliding window."""
+        return bool(self.sliding_layers) and self.sliding_layers[layer]
+
+    @property
+    def mixed_layers(self) -> bool:
+        """Whether some layers slide and others do not."""
+        return len(set(self.sliding_layers)) > 1
+
+    def rope_frequencies(self, *, local: bool = False) -> np.ndarray:
         """Returns the angle per position of each rotary pair, f32 [head_dim / 2].
 
         The llama3 rule is the one published with Llama 3.1.
+
+        Args:
+            local: of the sliding layers, where they have a base of their own.
         """
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        if local and self.local_rope_theta is not None:
+            return (self.local_rope_theta**-exponents).astype(np.float32)
         frequencies = self.rope_theta**-exponents
         match self.rope_scaling:
             case None:
@@ -126,87 +165,11 @@ class ModelConfig:
         return frequencies.astype(np.float32)
 
 
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-
-
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """Returns one id, a list of ids or nothing as a tuple."""
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _or(values: Mapping[str, Any], key: str, default):
-    """A null means the default, as in transformers."""
-    value = values.get(key)
-    return default if value is None else value
-
-
-def _size(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = _or(values, key, default)
-    if value is None:
-        raise ModelError(f"config.json: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ModelError(f"config.json: {key} is {value!r}: expected a positive whole number")
-    return value
-
-
-def _check_supported(values: Mapping[str, Any]) -> None:
-    model_type = values.get("model_type")
-    architectures = values.get("architectures") or []
-    if model_type not in _ARCHITECTURES:
-        raise ModelError(
-            f"config.json: model_type {model_type!r} (architectures {architectures}) is not "
-            f"supported: expected one of {sorted(_ARCHITECTURES)}"
-        )
-    expected = _ARCHITECTURES[model_type]
-    if architectures and expected not in architectures:
-        raise ModelError(f"config.json: architectures {architectures}: expected {expected!r}")
-    if (activation := _or(values, "hidden_act", "silu")) != "silu":
-        raise ModelError(f"config.json: hidden_act {activation!r}: only 'silu' is supported")
-    if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method", quantization)
-        raise ModelError(
-            f"config.json: the weights are quantized ({method}): use the unquantized model"
-        )
-
-
-def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling: `rope_parameters` of transformers 5, else the two older keys."""
-    parameters = _or(values, "rope_parameters", values.get("rope_scaling")) or {}
-    if not isinstance(parameters, Mapping):
-        raise ModelError(f"config.json: rope parameters are {parameters!r}: expected an object")
-    theta = _number(parameters, "rope_theta", _number(values, "rope_theta", 10000.0))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", _number(parameters, "factor"))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            _number(parameters, "factor"),
-            _number(parameters, "low_freq_factor"),
-            _number(parameters, "high_freq_factor"),
-            int(_number(parameters, "original_max_position_embeddings")),
-        )
-    raise ModelError(
-        f"config.json: rope type {kind!r} is not supported: expected 'default', 'linear' or "
-        "'llama3'"
-    )
-
-
-def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = _or(values, key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ModelError(f"config.json: {key} is {value!r}: expected a positive number")
-    return float(value)
 
 
 def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""A Llama-family decoder over one packed row of tokens, as explicit NNX modules.
+"""A decoder over one packed row of tokens, as explicit NNX modules.
+
+What model families differ in comes from features of `ModelConfig`; no family is named here.
 
 Module paths are Hugging Face's (`model.layers.0.self_attn.q_proj`), so adapter paths are too.
 There is no batch axis: T tokens of many samples lie in one row, and `Segments` says where each
 sample starts. Every layer is a set of leaves of its own, never a slice of a stack: slices of frozen
-weights inside a scan are copies. All layers share one traced function (`_run_layer`).
+weights inside a scan are copies. Layers of one structure share one traced function (`_run_layer`).
 
 Normalization, rotary embedding and softmax are computed in float32 whatever the weights' dtype.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -19,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear, grouped_linear
 from lorafusion_jax.models.attention import Segments, attention, cached_attention
-from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.config import Activation, ModelConfig
+from lorafusion_jax.models.rotary import LayerView, rotary_tables, rotate
 
 type Remat = Literal["none", "attention", "full"]
 REMAT_POLICIES: tuple[str, ...] = get_args(Remat.__value__)
@@ -27,21 +31,6 @@ REMAT_POLICIES: tuple[str, ...] = get_args(Remat.__value__)
 # Input groups: projections that read the same activation share dropout and one fused op.
 _QKV, _O, _GATE_UP, _DOWN = range(4)
 _SITES_PER_LAYER = 8
-
-
-class Rotary(NamedTuple):
-    """Cosine and sine of every token's rotary angles, f32 [T, head_dim / 2]."""
-
-    cos: Float[Array, "T D_2"]
-    sin: Float[Array, "T D_2"]
-
-
-def rotate(x: Float[Array, "T H D"], rotary: Rotary) -> Float[Array, "T H D"]:
-    """Rotates pairs (i, i + D / 2) of every head, in float32."""
-    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
-    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class KVCache(NamedTuple):
@@ -52,27 +41,39 @@ class KVCache(NamedTuple):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalization in float32."""
+    """Root-mean-square normalization of the last axis in float32, times offset + weight."""
 
-    def __init__(self, size: int, eps: float, *, dtype: DTypeLike):
-        self.weight = nnx.Param(jnp.ones(size, dtype))
+    def __init__(self, size: int, eps: float, offset: float = 0.0, *, dtype: DTypeLike):
+        self.weight = nnx.Param(jnp.full(size, 1 - offset, dtype))
         self.eps = eps
+        self.offset = offset
 
-    def __call__(self, x: Float[Array, "T d"]) -> Float[Array, "T d"]:
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(variance + self.eps)
-        return (normed * self.weight[...].astype(wide.dtype)).astype(x.dtype)
+        return (normed * (self.offset + self.weight[...].astype(wide.dtype))).astype(x.dtype)
+
+
+def final_norm(config: ModelConfig, *, dtype: DTypeLike) -> RMSNorm:
+    """Returns the norm between the last layer and the head, its weight yet to be set."""
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset, dtype=dtype)
 
 
 class TokenEmbedding(nnx.Module):
-    """Frozen table of token embeddings, [vocabulary, hidden]."""
+    """Frozen table of token embeddings, [vocabulary, hidden], and what they are multiplied by."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: DTypeLike):
+    def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0, *, dtype: DTypeLike):
         self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), dtype))
+        self.scale = scale
 
     def __call__(self, tokens: Int[Array, " T"]) -> Float[Array, "T d"]:
-        return self.weight[...][tokens]
+        return scaled_embedding(self.weight[...][tokens], self.scale)
+
+
+def scaled_embedding(x: Float[Array, "T d"], scale: float) -> Float[Array, "T d"]:
+    """Multiplies embedded tokens by a scale that is rounded to their dtype first."""
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
 class OutputHead(nnx.Module):
@@ -87,47 +88,88 @@ def _linear(use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with rotary embedding."""
+    """Grouped-query attention with rotary embedding.
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    Args:
+        config: of the model.
+        window: tokens that a token sees at most, where `LayerView.slides` does not say otherwise.
+    """
+
+    def __init__(
+        self, config: ModelConfig, window: int | None, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         hidden = config.hidden_size
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        linear = _linear(config.attention_bias, dtype, rngs)
-        self.q_proj = linear(hidden, q_size)
-        self.k_proj = linear(hidden, kv_size)
-        self.v_proj = linear(hidden, kv_size)
-        self.o_proj = linear(q_size, hidden)
+        qkv = _linear(config.attention_bias or config.qkv_bias, dtype, rngs)
+        self.q_proj = qkv(hidden, q_size)
+        self.k_proj = qkv(hidden, kv_size)
+        self.v_proj = qkv(hidden, kv_size)
+        self.o_proj = _linear(config.attention_bias, dtype, rngs)(q_size, hidden)
+        if config.qk_norm:
+            norm = (config.head_dim, config.rms_norm_eps, config.norm_offset)
+            self.q_norm = RMSNorm(*norm, dtype=dtype)
+            self.k_norm = RMSNorm(*norm, dtype=dtype)
         self.head_dim = config.head_dim
+        self.has_norms = config.qk_norm
+        self.window = window
+        self.softcap = config.attention_softcap
+        self.scale = config.attention_scale
 
-    def __call__(self, x, rotary: Rotary, segments: Segments, lora: LoraContext | None, site):
-        q, k, v = self._project(x, rotary, lora, site)
-        out = attention(q, k, v, segments)
+    def __call__(self, x, view: LayerView, segments: Segments, lora: LoraContext | None, site):
+        q, k, v = self._project(x, view, lora, site)
+        out = self._by_window(view, attention)(q, k, v, segments)
         return self.o_proj(out.reshape(x.shape[0], -1), lora, site + _O)
 
-    def decode(self, x, rotary: Rotary, cache: KVCache, positions, lora, site):
+    def decode(self, x, view: LayerView, cache: KVCache, positions, lora, site):
         """Adds the new tokens to the cache and attends to it."""
         batch, new = positions.shape
         q, k, v = (
             heads.reshape(batch, new, -1, self.head_dim)
-            for heads in self._project(x, rotary, lora, site)
+            for heads in self._project(x, view, lora, site)
         )
         rows = jnp.arange(batch)[:, None]
         cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-        out = cached_attention(q, cache.k, cache.v, positions)
+        out = self._by_window(view, cached_attention)(q, cache.k, cache.v, positions)
         return self.o_proj(out.reshape(x.shape[0], -1), lora, site + _O), cache
 
-    def _project(self, x, rotary: Rotary, lora, site):
+    def _by_window(self, view: LayerView, attend: Callable) -> Callable:
+        """The attention of this layer; a choice at run time where it may slide or not.
+
+        A window is part of the program, for kernels that skip what lies beyond it.
+        """
+        attend = partial(attend, softcap=self.softcap, scale=self.scale)
+        if self.window is None:
+            return attend
+        sliding = partial(attend, window=self.window)
+        if view.slides is None:
+            return sliding
+        return partial(jax.lax.cond, view.slides, sliding, attend)
+
+    def _project(self, x, view: LayerView, lora, site):
         linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (
             y.reshape(x.shape[0], -1, self.head_dim)
             for y in grouped_linear(linears, x, lora, site + _QKV)
         )
-        return rotate(q, rotary), rotate(k, rotary), v
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, view.rotary), rotate(k, view.rotary), v
+
+
+def _gelu_tanh(x: Array) -> Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.nn.gelu(wide, approximate=True).astype(x.dtype)
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": _gelu_tanh,
+}
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward block with SiLU."""
+    """Gated feed-forward block."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -135,50 +177,86 @@ class MLP(nnx.Module):
         self.gate_proj = linear(hidden, inner)
         self.up_proj = linear(hidden, inner)
         self.down_proj = linear(inner, hidden)
+        self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "T d"], lora: LoraContext | None, site):
         gate, up = grouped_linear((self.gate_proj, self.up_proj), x, lora, site + _GATE_UP)
-        return self.down_proj(jax.nn.silu(gate) * up, lora, site + _DOWN)
+        return self.down_proj(_ACTIVATIONS[self.activation](gate) * up, lora, site + _DOWN)
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer, with norms after its two blocks as well if so configured.
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.input_layernorm = norm()
-        self.self_attn = SelfAttention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = norm()
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    Hugging Face calls the norm before the feed-forward block `post_attention_layernorm`, except
+    where there is one after the attention.
 
-    def __call__(self, x, rotary: Rotary, segments: Segments, lora, site):
-        x = x + self.attend(x, rotary, segments, lora, site)
-        return x + self.mlp(self.post_attention_layernorm(x), lora, site)
+    Args:
+        config: of the model.
+        window: sliding window of the layer (`ModelConfig.layer_window`); for a layer that stands
+            for several places, the model's.
+    """
 
-    def attend(self, x, rotary: Rotary, segments: Segments, lora, site):
-        return self.self_attn(self.input_layernorm(x), rotary, segments, lora, site)
-
-    def decode(self, x, rotary: Rotary, cache: KVCache, positions, lora, site):
-        attended, cache = self.self_attn.decode(
-            self.input_layernorm(x), rotary, cache, positions, lora, site
+    def __init__(
+        self,
+        config: ModelConfig,
+        window: int | None = None,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        norm = partial(
+            RMSNorm, config.hidden_size, config.rms_norm_eps, config.norm_offset, dtype=dtype
         )
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x), lora, site), cache
+        self.input_layernorm = norm()
+        self.self_attn = SelfAttention(config, window, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        if config.post_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.post_norms = config.post_norms
+
+    def __call__(self, x, view: LayerView, segments: Segments, lora, site):
+        x = x + self.attend(x, view, segments, lora, site)
+        return x + self.feed_forward(x, lora, site)
+
+    def attend(self, x, view: LayerView, segments: Segments, lora, site):
+        """What the attention block adds to x."""
+        out = self.self_attn(self.input_layernorm(x), view, segments, lora, site)
+        return self.post_attention_layernorm(out) if self.post_norms else out
+
+    def feed_forward(self, x, lora, site):
+        """What the feed-forward block adds to x."""
+        if not self.post_norms:
+            return self.mlp(self.post_attention_layernorm(x), lora, site)
+        out = self.mlp(self.pre_feedforward_layernorm(x), lora, site)
+        return self.post_feedforward_layernorm(out)
+
+    def decode(self, x, view: LayerView, cache: KVCache, positions, lora, site):
+        """The layer over new tokens, and the cache with them."""
+        out, cache = self.self_attn.decode(
+            self.input_layernorm(x), view, cache, positions, lora, site
+        )
+        x = x + (self.post_attention_layernorm(out) if self.post_norms else out)
+        return x + self.feed_forward(x, lora, site), cache
 
 
 class DecoderStack(nnx.Module):
     """Embedding, layers and final norm: what Hugging Face calls `model`."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nnx.List(
-            DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)
+        self.embed_tokens = TokenEmbedding(
+            config.vocab_size, config.hidden_size, config.embedding_scale, dtype=dtype
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.layers = nnx.List(
+            DecoderLayer(config, config.layer_window(i), dtype=dtype, rngs=rngs)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = final_norm(config, dtype=dtype)
 
 
 class Decoder(nnx.Module):
-    """A Llama-family language model.
+    """A causal language model.
 
     Args:
         config: its shape.
@@ -222,9 +300,10 @@ class Decoder(nnx.Module):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"{remat=} is unknown: expected one of {REMAT_POLICIES}")
         x = self.model.embed_tokens(tokens)
-        rotary = rotary_angles(self.config, positions)
+        tables = rotary_tables(self.config, positions)
         for index, layer in enumerate(self.model.layers):
-            x = run_layer(layer, x, rotary, segments, lora, layer_site(index), remat=remat)
+            view = LayerView(tables.of(self.config.is_sliding(index)))
+            x = run_layer(layer, x, view, segments, lora, layer_site(index), remat=remat)
         return self.model.norm(x)
 
     def decode(
@@ -249,12 +328,13 @@ class Decoder(nnx.Module):
             The hidden state after the final norm, and the caches with the new tokens.
         """
         x = self.model.embed_tokens(tokens.reshape(-1))
-        rotary = rotary_angles(self.config, positions.reshape(-1))
+        tables = rotary_tables(self.config, positions.reshape(-1))
         updated = []
         for index, (layer, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
             graphdef, state = nnx.split(layer)
+            view = LayerView(tables.of(self.config.is_sliding(index)))
             x, cache = _decode_layer(
-                graphdef, state, x, rotary, cache, positions, lora, layer_site(index)
+                graphdef, state, x, view, cache, positions, lora, layer_site(index)
             )
             updated.append(cache)
         return self.model.norm(x).reshape(*tokens.shape, -1), tuple(updated)
@@ -279,14 +359,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch V"]:
         """Applies the output head; float32 logits (float64 for float64 models)."""
         acc = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", hidden, self.head_weight(), preferred_element_type=acc)
-
-
-def rotary_angles(config: ModelConfig, positions: Int[Array, " T"]) -> Rotary:
-    """Returns cosine and sine of the rotary angles at the given positions."""
-    frequencies = jnp.asarray(config.rope_frequencies())
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+        head = self.head_weight()
+        logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=acc)
+        if (cap := self.config.logit_softcap) is None:
+            return logits
+        return cap * jnp.tanh(logits / cap)
 
 
 def layer_site(layer: int | Int[Array, ""]) -> Int[Array, ""]:
@@ -297,7 +374,7 @@ def layer_site(layer: int | Int[Array, ""]) -> Int[Array, ""]:
 def run_layer(
     layer: DecoderLayer,
     x: Float[Array, "T d"],
-    rotary: Rotary,
+    view: LayerView,
     segments: Segments,
     lora: LoraContext | None,
     site: Int[Array, ""],
@@ -306,20 +383,20 @@ def run_layer(
 ) -> Float[Array, "T d"]:
     """Runs one layer under a remat policy; `site` is its `layer_site`."""
     graphdef, state = nnx.split(layer)
-    return _run_layer(graphdef, remat, state, x, rotary, segments, lora, site)
+    return _run_layer(graphdef, remat, state, x, view, segments, lora, site)
 
 
-# One traced function for all layers: they have the same structure, and `site` is traced.
+# One traced function for all layers of a structure: `view` and `site` are traced.
 @partial(jax.jit, static_argnums=(0, 1))
-def _run_layer(graphdef, remat: str, state, x, rotary, segments, lora, site):
-    args = (rotary, segments, lora, site)
+def _run_layer(graphdef, remat: str, state, x, view, segments, lora, site):
+    args = (view, segments, lora, site)
     if remat == "full":
         return jax.checkpoint(_layer, static_argnums=0)(graphdef, state, x, *args)
     if remat == "attention":
         attended = jax.checkpoint(_attend, static_argnums=0)(graphdef, state, x, *args)
         layer = nnx.merge(graphdef, state)
         x = x + attended
-        return x + layer.mlp(layer.post_attention_layernorm(x), lora, site)
+        return x + layer.feed_forward(x, lora, site)
     return _layer(graphdef, state, x, *args)
 
 
@@ -332,6 +409,6 @@ def _attend(graphdef, state, x, *args):
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode_layer(graphdef, state, x, rotary, cache, positions, lora, site):
+def _decode_layer(graphdef, state, x, view, cache, positions, lora, site):
     layer = nnx.merge(graphdef, state)
-    return layer.decode(x, rotary, cache, positions, lora, site)
+    return layer.decode(x, view, cache, positions, lora, site)

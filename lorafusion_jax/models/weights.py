@@ -81,7 +81,7 @@ def random_decoder(config: ModelConfig, seed: int, dtype: DTypeLike) -> Decoder:
     for name, slot in slots.items():
         shape = slot.variable.get_value().shape
         if len(shape) == 1 and name.endswith("norm.weight"):
-            value = jnp.ones(shape, dtype)
+            value = jnp.full(shape, 1 - config.norm_offset, dtype)
         else:
             word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
             fan_in = slot.shape[-1]

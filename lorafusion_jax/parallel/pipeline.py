@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Int
 from lorafusion_jax.lora.bank import AdapterBank, mask_gradients
 from lorafusion_jax.parallel import vocabulary
 from lorafusion_jax.parallel.mesh import DATA, PER_RANK, REPLICATED, STAGE
-from lorafusion_jax.parallel.stage import LayerWeights, StageModel, final_norm
+from lorafusion_jax.parallel.stage import LayerWeights, StageModel, apply_final_norm
 from lorafusion_jax.parallel.state import (
     Flow,
     StreamState,
@@ -291,7 +291,7 @@ class _Device:
         weight = jnp.where(row.valid, batch.loss_weight, 0)
         order = vocabulary.supervised_first(weight)
         labels, sorted_weight = batch.labels[order], weight[order]
-        normed = final_norm(self.model.config, hidden, self.frozen.norm)[order]
+        normed = apply_final_norm(self.model.config, hidden, self.frozen.norm)[order]
         mine = vocabulary.head_slice(
             jnp.where((sorted_weight != 0)[:, None], normed, 0),
             self.frozen.head_rows,
@@ -319,7 +319,7 @@ class _Device:
 
     def through_norm(self, gradient, hidden):
         """Takes the head's gradient back through the final norm."""
-        norm = partial(final_norm, self.model.config, weight=self.frozen.norm)
+        norm = partial(apply_final_norm, self.model.config, weight=self.frozen.norm)
         return jax.vjp(norm, hidden)[1](gradient)[0]
 
     def embed(self, slot):

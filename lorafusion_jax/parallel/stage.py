@@ -23,12 +23,11 @@ from lorafusion_jax.models.config import ModelConfig
 from lorafusion_jax.models.decoder import (
     DecoderLayer,
     Remat,
-    RMSNorm,
-    Rotary,
+    final_norm,
     layer_site,
-    rotary_angles,
     run_layer,
 )
+from lorafusion_jax.models.rotary import RotaryTables, rotary_tables, traced_view
 from lorafusion_jax.parallel.layout import suffixes_at
 from lorafusion_jax.train.batch import PackedBatch
 from lorafusion_jax.train.optimizer import Adapters
@@ -41,7 +40,7 @@ type LayerWeights = dict[str, Array]
 class RowInputs(NamedTuple):
     """What layers need to know of a microbatch beside its hidden states."""
 
-    rotary: Rotary
+    rotary: RotaryTables
     segments: Segments
     context: LoraContext
 
@@ -76,7 +75,7 @@ class StageModel:
     def inputs(self, batch: PackedBatch, bank: AdapterBank, *, train: bool) -> RowInputs:
         """Rebuilds from a schedule row what its layers need."""
         return RowInputs(
-            rotary_angles(self.config, batch.positions),
+            rotary_tables(self.config, batch.positions),
             Segments(batch.segment_start, batch.segment_offsets),
             lora_context(bank, batch.tile_adapter, batch.row_key, train=train),
         )
@@ -94,8 +93,10 @@ class StageModel:
         """Runs the layers of a stage."""
         for place in range(self.places):
             layer = self._merge(place, weights[place], adapters)
-            site = layer_site(first_layer + place)
-            x = run_layer(layer, x, *inputs, site, remat=remat)
+            number = first_layer + place
+            view = traced_view(self.config, inputs.rotary, number)
+            site = layer_site(number)
+            x = run_layer(layer, x, view, inputs.segments, inputs.context, site, remat=remat)
         return x
 
     def forward_saving(self, *args) -> tuple[Float[Array, "C d"], list[Array]]:
@@ -165,7 +166,7 @@ def _layer_structure(
     """Structure of a layer with adapters at these modules; allocates nothing."""
 
     def make() -> DecoderLayer:
-        layer = DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(0))
+        layer = DecoderLayer(config, config.sliding_window, dtype=dtype, rngs=nnx.Rngs(0))
         linears = multi_linears(layer)
         for suffix in suffixes:
             shape = linears[suffix].kernel[...].shape
@@ -189,12 +190,10 @@ def flat_arrays(module: nnx.Module) -> dict[str, Any]:
     }
 
 
-def final_norm(
+def apply_final_norm(
     config: ModelConfig, x: Float[Array, "C d"], weight: Float[Array, " d"]
 ) -> Float[Array, "C d"]:
     """Applies the norm between the last layer and the head."""
-    structure = nnx.eval_shape(
-        lambda: RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=weight.dtype)
-    )
+    structure = nnx.eval_shape(lambda: final_norm(config, dtype=weight.dtype))
     leaves: dict[tuple, nnx.Variable] = {("weight",): nnx.Param(weight)}
     return nnx.merge(nnx.split(structure)[0], nnx.from_flat_state(leaves))(x)

@@ -98,13 +98,14 @@ def random_weights(
         for name, shape in shapes.items():
             number += 1
             if name.endswith("norm.weight"):
-                ones = jnp.ones(stages * shape.shape[0], dtype)
+                ones = jnp.full(stages * shape.shape[0], 1 - config.norm_offset, dtype)
                 weights[name] = jax.device_put(ones, stage_key)
             else:
                 weights[name] = normal(number, shape.shape, shape.shape[0])
         layers.append(weights)
     d, share = config.hidden_size, padded_vocabulary(config.vocab_size, stages) // stages
-    norm = jax.device_put(jnp.ones(d, dtype), NamedSharding(mesh, REPLICATED))
+    ones = jnp.full(d, 1 - config.norm_offset, dtype)
+    norm = jax.device_put(ones, NamedSharding(mesh, REPLICATED))
     embedding = normal(number + 1, (share, d), d)
     head = None if config.tie_word_embeddings else normal(number + 2, (share, d), d)
     return Frozen(layers, norm, embedding, head)

@@ -46,7 +46,7 @@ SAMPLE_LENGTHS = (13, 7)
 
 def weights(name):
     """Returns the tensors of a model by Hugging Face's names, f32 [out, in], bf16-exact."""
-    return {key: _tensor(name, key, shape) for key, shape in shapes(CONFIGS[name]).items()}
+    return {key: tensor(name, key, shape) for key, shape in shapes(CONFIGS[name]).items()}
 
 
 def shapes(config):
@@ -85,13 +85,14 @@ def samples(name):
     """Returns the token ids of the samples of a model."""
     vocab_size = CONFIGS[name]["vocab_size"]
     return [
-        (_uniform(f"{name}:tokens:{length}", length) * vocab_size).astype(np.int32)
+        (uniform(f"{name}:tokens:{length}", length) * vocab_size).astype(np.int32)
         for length in SAMPLE_LENGTHS
     ]
 
 
-def _tensor(name, key, shape):
-    centred = _uniform(f"{name}:{key}", int(np.prod(shape))).reshape(shape) - 0.5
+def tensor(name, key, shape):
+    """Returns a tensor of a model, f32 and bf16-exact: norms about 1, the rest about 0."""
+    centred = uniform(f"{name}:{key}", int(np.prod(shape))).reshape(shape) - 0.5
     if "norm" in key:
         values = 1 + centred
     elif key.endswith("bias"):
@@ -102,7 +103,8 @@ def _tensor(name, key, shape):
     return bits.view(np.float32)
 
 
-def _uniform(identity, count):
+def uniform(identity, count):
+    """Returns numbers from 0 to 1 that are a function of a text."""
     seed = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little")
     raw = np.random.PCG64(seed).random_raw(count)
     return (raw >> np.uint64(40)).astype(np.float64) / 2.0**24

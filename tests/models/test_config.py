@@ -7,6 +7,7 @@ import pytest
 
 from lorafusion_jax.errors import ModelError
 from lorafusion_jax.models.config import ModelConfig, RopeScaling
+from lorafusion_jax.models.hf_config import FAMILIES
 from tests.golden import tiny_llama
 
 LLAMA3 = tiny_llama.CONFIGS["llama3_rope"]
@@ -71,7 +72,7 @@ def rope(**parameters) -> dict:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, ["qwen3", "llama"]),
+        ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, ["phi3", *FAMILIES]),
         ({"model_type": None}, ["model_type", "None"]),
         ({"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
