@@ -224,12 +224,12 @@ def _family(values: Values) -> _Family:
     """The family of a config.json, or a refusal that lists all there are."""
     model_type = values.get("model_type")
     architectures = values.get("architectures") or []
-    if model_type not in FAMILIES:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise ModelError(
             f"config.json: model_type {model_type!r} (architectures {architectures}) is not "
             f"supported: expected one of {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[model_type]
     if architectures and family.architecture not in architectures:
         raise ModelError(
             f"config.json: architectures {architectures}: expected {family.architecture!r}"

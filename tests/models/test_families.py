@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 
 from lorafusion_jax.models import Decoder, load_base
 from lorafusion_jax.models.hf_weights import Base
+from lorafusion_jax.models.rotary import rotary_tables
+from lorafusion_jax.parallel.stage import RowInputs, StageModel, flat_arrays
 from tests.golden import tiny_families
 from tests.models.tiny import packed
 from tests.tolerance import assert_error_ratio
@@ -138,3 +140,29 @@ def test_decoding_with_a_cache_equals_the_golden(name, tmp_path):
     logits = np.asarray(model.logits(jnp.concatenate(found, axis=1)))
     kept = np.concatenate([logits[row, :length] for row, length in enumerate(LENGTHS)])
     assert_golden(kept, name, "float32")
+
+
+@pytest.mark.parametrize("name", ["qwen2_windows", "gemma3_text"])
+def test_one_program_runs_whichever_layer(name, tmp_path):
+    """As a stage of the pipeline does: windows and rotary bases are chosen at run time."""
+    base = load_base(write_family(tmp_path, name))
+    layers, config = base.model.model.layers, base.config
+    positions, segments = packed(LENGTHS, ROWS)
+    stage = StageModel(config, jnp.dtype("float32"), 1, (), "save", "none")
+
+    @jax.jit
+    def run(x, weights, number):
+        inputs = RowInputs(rotary_tables(config, positions), segments, None)
+        return stage.forward(x, {"a": {}, "b": {}}, [weights], inputs, number)
+
+    def hidden(order) -> np.ndarray:
+        real = np.concatenate(tiny_families.samples(name))
+        x = base.model.model.embed_tokens(jnp.asarray(np.resize(real, ROWS)))
+        for layer, number in zip(layers, order, strict=True):
+            x = run(x, flat_arrays(layer), jnp.int32(number))
+        return np.asarray(base.model.logits(base.model.model.norm(x)))[: len(real)]
+
+    assert_golden(hidden([0, 1, 2]), name, "float32")
+    assert run._cache_size() == 1
+    with pytest.raises(AssertionError, match="error beyond"):
+        assert_golden(hidden([1, 1, 1]), name, "float32")
