@@ -35,6 +35,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from lorafusion_jax.lora.bank import AdapterBank, mask_gradients
+from lorafusion_jax.models.decoder import scaled_embedding
 from lorafusion_jax.parallel import vocabulary
 from lorafusion_jax.parallel.mesh import DATA, PER_RANK, REPLICATED, STAGE
 from lorafusion_jax.parallel.stage import LayerWeights, StageModel, apply_final_norm
@@ -301,10 +302,17 @@ class _Device:
             vocab_size=self.model.config.vocab_size,
             chunk=self.pipeline.head_chunk,
             gradient=True,
+            softcap=self.model.config.logit_softcap,
         )
         softmax = vocabulary.softmax_over_stages(mine)
         part = vocabulary.hidden_gradient(
-            mine, softmax, self.frozen.head_rows, labels, sorted_weight, self.stage
+            mine,
+            softmax,
+            self.frozen.head_rows,
+            labels,
+            sorted_weight,
+            self.stage,
+            self.model.config.logit_softcap,
         )
         losses = vocabulary.unsorted(
             jnp.where(sorted_weight != 0, sorted_weight * softmax.loss, 0), order
@@ -325,7 +333,8 @@ class _Device:
     def embed(self, slot):
         """Embeds a slot's tokens: each stage those it has, summed."""
         tokens = self.row(slot).batch.tokens
-        return self.sum_stages(vocabulary.embed_share(tokens, self.frozen.embedding, self.stage))
+        x = self.sum_stages(vocabulary.embed_share(tokens, self.frozen.embedding, self.stage))
+        return scaled_embedding(x, self.model.config.embedding_scale)
 
     def update(self, state: StreamState, t) -> tuple[StreamState, StepReport]:
         """Updates the slots whose global batch ended with slot t - lag, on all stages at once."""

@@ -70,6 +70,7 @@ def head_slice(
     vocab_size: int,
     chunk: int,
     gradient: bool,
+    softcap: float | None = None,
 ) -> HeadSlice:
     """Applies one stage's share of the head.
 
@@ -82,6 +83,7 @@ def head_slice(
         vocab_size: of the whole model; rows of the head beyond it are filling.
         chunk: rows whose logits exist at the same time, at most.
         gradient: whether `pull` is wanted.
+        softcap: logits become softcap * tanh(logits / softcap).
     """
     rows, share = hidden.shape[0], head.shape[0]
     chunk = math.gcd(rows, chunk)
@@ -92,12 +94,16 @@ def head_slice(
         start = i * chunk
         h, label = (lax.dynamic_slice_in_dim(x, start, chunk) for x in (hidden, labels))
         logits = lax.dot_general(h, head, (((1,), (1,)), ((), ())), preferred_element_type=acc)
+        slope = jnp.ones((), acc)
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+            slope = _slope(logits, softcap)
         logits = jnp.where(column < vocab_size, logits, -jnp.inf)
         is_label = column == label[:, None]
         # A share may be all filling: its peak must stay finite.
         peak = jnp.maximum(logits.max(axis=1), jnp.finfo(acc).min)
         grown = jnp.exp(logits - peak[:, None])
-        others = jnp.where(is_label, 0, grown).astype(head.dtype)
+        others = jnp.where(is_label, 0, grown * slope).astype(head.dtype)
         pull = slices.pull[:1]
         if gradient:
             pull = jnp.dot(others, head, preferred_element_type=acc)
@@ -153,15 +159,24 @@ def hidden_gradient(
     labels: Int[Array, " C"],
     weight: Float[Array, " C"],
     stage: Int[Array, ""],
+    softcap: float | None = None,
 ) -> Float[Array, "C d"]:
     """Returns this stage's part of the gradient of the weighted losses: sum over stages."""
     local = labels - stage * head.shape[0]
     here = (local >= 0) & (local < head.shape[0])
     row = head[jnp.clip(local, 0, head.shape[0] - 1)].astype(mine.pull.dtype)
-    own = jnp.where(here, softmax.label_probability - 1, 0)[:, None] * row
+    pulled = softmax.label_probability - 1
+    if softcap is not None:
+        pulled = pulled * _slope(mine.label_logit, softcap)
+    own = jnp.where(here, pulled, 0)[:, None] * row
     part = mine.pull * softmax.scale[:, None] + own
     # A row without supervision takes part in nothing, whatever it holds.
     return jnp.where((weight != 0)[:, None], weight[:, None] * part, 0)
+
+
+def _slope(capped: Float[Array, "*rows"], softcap: float) -> Float[Array, "*rows"]:
+    """Derivative of a soft cap at the value that it gave."""
+    return 1 - jnp.square(capped / softcap)
 
 
 def losses_over_stages(
