@@ -36,7 +36,8 @@ def load_adapters(base: Base, directories: Sequence[Path]) -> AdapterBank:
     """
     loaded = [load_peft(directory, base.model) for directory in directories]
     paths = sorted({path for one in loaded for path in one.adapter})
-    bank = attach_adapters(base.model, paths, len(loaded), max(one.spec.r for one in loaded))
+    largest = max(one.spec.max_rank(one.adapter) for one in loaded)
+    bank = attach_adapters(base.model, paths, len(loaded), largest)
     for slot, one in enumerate(loaded):
         bank = put_slot(bank, slot, one.spec, one.adapter)
     return bank

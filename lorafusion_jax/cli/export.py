@@ -62,7 +62,7 @@ def export(
     model = folder.config.base.model
     if verify:
         check_adapters(model, paths)
-    ranks = [loaded.spec.r for loaded in adapters.values()]
+    ranks = [loaded.spec.max_rank(loaded.adapter) for loaded in adapters.values()]
     print("\n" + "\n".join(serve_commands(model, paths, max(ranks))))
 
 
@@ -137,11 +137,14 @@ def compare_with_merge(base: "Base", loaded: "LoadedAdapter") -> tuple[float, fl
     tokens = jnp.arange(_PROBE_TOKENS, dtype=jnp.int32) * 7 % base.config.vocab_size
     adapter, spec = loaded.adapter, loaded.spec
     linears = multi_linears(base.model)
-    bank = put_slot(attach_adapters(base.model, list(adapter), 1, spec.r), 0, spec, adapter)
+    largest = spec.max_rank(adapter)
+    bank = put_slot(attach_adapters(base.model, list(adapter), 1, largest), 0, spec, adapter)
     plain, adapted = _logits(base, bank, tokens, -1), _logits(base, bank, tokens, 0)
     kernels = {path: linears[path].kernel[...] for path in adapter}
     for path, (a, b) in adapter.items():
-        linears[path].kernel[...] = kernels[path] + spec.scale * jnp.asarray(a).T @ jnp.asarray(b)
+        linears[path].kernel[...] = kernels[path] + spec.scale_of(path) * jnp.asarray(
+            a
+        ).T @ jnp.asarray(b)
     merged = _logits(base, bank, tokens, -1)
     for path, kernel in kernels.items():
         linears[path].kernel[...] = kernel

@@ -118,8 +118,10 @@ def _parameters(base: "Base", job: "TrainJob") -> int:
     from lorafusion_jax.lora.bank import multi_linears
 
     linears = multi_linears(base.model)
-    found = [linears[path] for path in job.targets]
-    return job.config.lora.r * sum(linear.in_features + linear.out_features for linear in found)
+    return sum(
+        job.spec.rank_of(path) * (linears[path].in_features + linears[path].out_features)
+        for path in job.targets
+    )
 
 
 def _job_row(job: "TrainJob", parameters: int) -> tuple[str, ...]:

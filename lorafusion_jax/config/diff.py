@@ -15,7 +15,7 @@ ALLOWED = (
     "jobs.*.save.keep_best",
 )
 # The same content may have moved; whoever has its fingerprint decides.
-PATHS = ("base.model", "jobs.*.data.path", "jobs.*.eval.path")
+PATHS = ("base.model", "jobs.*.data.path", "jobs.*.eval.path", "jobs.*.lora.init_from")
 
 
 class Change(NamedTuple):
@@ -55,11 +55,14 @@ def config_diff(old: RunConfig, new: RunConfig) -> list[Change]:
         changes.append(Change(f"jobs.{name}", "present", None, "refused"))
     for name in (job.name for job in new.jobs if job.name not in old_jobs):
         changes.append(Change(f"jobs.{name}", None, "present", "allowed"))
-    for (job, key), value in before.items():
-        if (job is None or job in new_jobs) and after[job, key] != value:
+    for job, key in dict.fromkeys([*before, *after]):
+        if job is not None and job not in old_jobs & new_jobs:
+            continue
+        value, now = before.get((job, key)), after.get((job, key))
+        if now != value:
             pattern = key if job is None else f"jobs.*.{key}"
             shown = key if job is None else f"jobs.{job}.{key}"
-            changes.append(Change(shown, value, after[job, key], _kind(pattern)))
+            changes.append(Change(shown, value, now, _kind(pattern)))
     return changes
 
 
@@ -75,8 +78,11 @@ def _flat(config: RunConfig) -> dict[tuple[str | None, str], Any]:
 def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     leaves = []
     for key, value in section.items():
-        inner = isinstance(value, dict)
-        leaves += _leaves(value, f"{prefix}{key}.") if inner else [(prefix + key, value)]
+        if isinstance(value, dict) and not key.endswith("_pattern"):
+            leaves += _leaves(value, f"{prefix}{key}.")
+        else:  # the order of patterns counts
+            leaf = list(value.items()) if isinstance(value, dict) else value
+            leaves.append((prefix + key, leaf))
     return leaves
 
 

@@ -17,7 +17,11 @@ from lorafusion_jax.errors import ConfigError
 INHERITED = ("data", "lora", "optim", "train", "eval", "save")
 ALIASES = {
     "lora": {"lora_alpha": "alpha", "lora_dropout": "dropout", "rslora": "use_rslora"},
-    "optim": {"learning_rate": "lr"},
+    "optim": {
+        "learning_rate": "lr",
+        "loraplus_ratio": "lora_plus_ratio",
+        "loraplus_lr_ratio": "lora_plus_ratio",
+    },
     "train": {"num_train_epochs": "epochs"},
 }
 # Of these, the one a job sets replaces whichever its defaults set.
@@ -290,6 +294,9 @@ def _anchor_paths(config: RunConfig, folder: Path) -> RunConfig:
         held_out = job.eval
         if held_out.path is not None:
             held_out = changed(held_out, path=anchored(held_out.path))
-        jobs.append(changed(job, data=data, eval=held_out))
+        lora = job.lora
+        if lora.init_from is not None:
+            lora = changed(lora, init_from=anchored(lora.init_from))
+        jobs.append(changed(job, data=data, eval=held_out, lora=lora))
     base = changed(config.base, model=anchored(config.base.model))
     return changed(config, base=base, output=anchored(config.output), jobs=tuple(jobs))

@@ -141,7 +141,15 @@ class LoraConfig(Section):
         dropout: rate on the input of the adapter; 0, or from 1/512 up.
         target_modules: "all-linear", a list of module names, or a regex for whole module paths.
         exclude_modules: modules to leave out, by the same rules.
+        layers_to_transform: number or list of numbers of the layers to adapt, from 0; by default
+            all. Needs target_modules to be names or all-linear.
+        layers_pattern: name of the list of layers, where module paths hold several numbers.
+        rank_pattern: other ranks for some modules, as in {q_proj: 32, "layers.0.*down_proj": 4};
+            a key is a regex for the end of a module path, and the first that matches counts.
+        alpha_pattern: other values of alpha for some modules, by the same rule.
         init: of A; B starts at zero. PEFT's uniform, or gaussian.
+        init_from: folder of a PEFT adapter to start from instead; its ranks, scales and modules
+            must be this job's (`lorafusion import` writes a job that fits).
     """
 
     r: int = Field(default=16, ge=1, le=256)
@@ -150,7 +158,12 @@ class LoraConfig(Section):
     use_rslora: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=256)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     init: Literal["default", "gaussian"] = "default"
+    init_from: str | None = Field(default=None, min_length=1)
 
     @field_validator("dropout")
     @classmethod
@@ -159,10 +172,10 @@ class LoraConfig(Section):
             raise ValueError(f"got {rate}, expected 0 or at least 1/512: masks have 8-bit rates")
         return rate
 
-    @field_validator("target_modules", "exclude_modules", mode="before")
+    @field_validator("target_modules", "exclude_modules", "layers_pattern", mode="before")
     @classmethod
     def _modules(cls, value: Any, info: ValidationInfo) -> str | tuple[str, ...] | None:
-        if value is None and info.field_name == "exclude_modules":
+        if value is None and info.field_name != "target_modules":
             return None
         if isinstance(value, str) and value:
             if value != "all-linear":
@@ -177,6 +190,31 @@ class LoraConfig(Section):
                 return names
         raise ValueError(f'got {value!r}, expected "all-linear", a list of names, or a regex')
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns[T: dict[str, Any]](cls, patterns: T) -> T:
+        for key in patterns:
+            try:
+                re.compile(key)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"got {key!r}, not a regular expression: {error}") from None
+        return patterns
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> Self:
+        rule, layers = self.target_modules, self.layers_to_transform
+        if layers is None and self.layers_pattern is not None:
+            raise ValueError("layers_pattern needs layers_to_transform")
+        if layers is not None and isinstance(rule, str) and rule != "all-linear":
+            raise ValueError(
+                "layers_to_transform needs target_modules to be all-linear or a list of names: a "
+                "regex can name the layers itself"
+            )
+        numbers = () if layers is None else layers if isinstance(layers, tuple) else (layers,)
+        if layers == () or any(number < 0 for number in numbers):
+            raise ValueError(f"layers_to_transform={layers}, expected numbers from 0")
+        return self
+
 
 class OptimConfig(Section):
     """The optimizer of one adapter.
@@ -188,6 +226,7 @@ class OptimConfig(Section):
             transformers' name for constant with the warmup below.
         warmup_ratio: share of the steps in which the rate rises linearly.
         warmup_steps: the same in steps; replaces the ratio.
+        lora_plus_ratio: learning rate of B over that of A (LoRA+); 1 is plain LoRA.
         weight_decay: decoupled decay; adamw only.
         betas: decay of the first and second moment.
         eps: added to the denominator.
@@ -199,6 +238,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     warmup_steps: int | None = Field(default=None, ge=0)
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)

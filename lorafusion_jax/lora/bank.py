@@ -16,7 +16,7 @@ slot the rows beyond its rank and the modules it does not target are exact zeros
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,6 +44,9 @@ class AdapterBank(NamedTuple):
         scale: LoRA scale per slot.
         rate: dropout rate per slot.
         rank: true rank per slot, 0 for a free one.
+        ranks: rank per slot in its place, of the modules where some adapter has another one.
+        ratios: per slot, for the same modules, their scale over `scale`. Both are empty where no
+            adapter has patterns, and cost nothing then.
     """
 
     a: Stacks
@@ -52,6 +55,8 @@ class AdapterBank(NamedTuple):
     scale: Float[Array, " slots"]
     rate: Float[Array, " slots"]
     rank: Int[Array, " slots"]
+    ranks: dict[str, Int[Array, " slots"]] = {}  # noqa: RUF012  (never changed in place)
+    ratios: dict[str, Float[Array, " slots"]] = {}  # noqa: RUF012
 
 
 def attach_adapters(
@@ -102,6 +107,8 @@ def merge_adapters(graphdef: nnx.GraphDef, frozen: nnx.State, bank: AdapterBank)
     leaves = {}
     for name, stacks in (("lora_a", bank.a), ("lora_b", bank.b)):
         for path, stack in stacks.items():
+            if name == "lora_b" and path in bank.ratios:
+                stack = stack * bank.ratios[path].astype(stack.dtype)[:, None, None]
             parts = tuple(int(part) if part.isdigit() else part for part in path.split("."))
             leaves[(*parts, name)] = nnx.LoRAParam(stack)
     return nnx.merge(graphdef, nnx.from_flat_state(leaves), frozen)
@@ -116,6 +123,16 @@ def empty_bank(shapes: Mapping[str, tuple[int, int]], num_slots: int, r_max: int
         scale=jnp.zeros(num_slots, jnp.float32),
         rate=jnp.zeros(num_slots, jnp.float32),
         rank=jnp.zeros(num_slots, jnp.int32),
+    )
+
+
+def with_patterns(bank: AdapterBank, paths: Iterable[str]) -> AdapterBank:
+    """Returns the bank with a rank and a scale ratio of their own for modules; values as before."""
+    new = [path for path in paths if path not in bank.ranks]
+    ones = jnp.ones_like(bank.scale)
+    return bank._replace(
+        ranks=bank.ranks | {path: jnp.array(bank.rank) for path in new},
+        ratios=bank.ratios | {path: jnp.array(ones) for path in new},
     )
 
 
@@ -136,14 +153,14 @@ def init_adapter(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, job_seed
 def _init_module(spec: LoraSpec, job_seed: int, path: str, k: int, n: int):
     # On the host: a bank has hundreds of modules, and each shape would be a compilation.
     word = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
-    bits = np.random.Philox(key=(job_seed, word))
+    bits, r = np.random.Philox(key=(job_seed, word)), spec.rank_of(path)
     if spec.init == "gaussian":
-        a = np.random.Generator(bits).standard_normal((spec.r, k), np.float32) / spec.r
+        a = np.random.Generator(bits).standard_normal((r, k), np.float32) / r
     else:
         # Raw words, whose stream NumPy never changes: 24 bits each, uniform in [-1, 1).
-        words = bits.random_raw(spec.r * k).reshape(spec.r, k) >> np.uint64(40)
+        words = bits.random_raw(r * k).reshape(r, k) >> np.uint64(40)
         a = (words.astype(np.float32) * np.float32(2**-23) - 1) * np.float32(k**-0.5)
-    return a.astype(np.float32), np.zeros((spec.r, n), np.float32)
+    return a.astype(np.float32), np.zeros((r, n), np.float32)
 
 
 def write_slot(
@@ -174,25 +191,31 @@ def write_slot(
 def put_slot(bank: AdapterBank, slot: int, spec: LoraSpec, adapter: Adapter) -> AdapterBank:
     """Returns the bank with a given adapter in a slot, whatever lay there before.
 
+    The bank gains `ranks` and `ratios` of the modules where the adapter's patterns need them.
+
     Raises:
         AdapterError: a module is not in the bank, or a shape or the rank does not fit.
     """
     _check_paths(bank, adapter)
     for path, (a, b) in adapter.items():
         _, r_max, k = bank.a[path].shape
-        n = bank.b[path].shape[2]
-        if a.shape != (spec.r, k) or b.shape != (spec.r, n):
+        n, r = bank.b[path].shape[2], spec.rank_of(path)
+        if a.shape != (r, k) or b.shape != (r, n):
             raise AdapterError(
                 f"{path}: A {list(a.shape)} and B {list(b.shape)} do not fit, expected "
-                f"[{spec.r}, {k}] and [{spec.r}, {n}]"
+                f"[{r}, {k}] and [{r}, {n}]"
             )
-        if spec.r > r_max:
-            raise AdapterError(f"r={spec.r} does not fit the bank's r_max={r_max}")
+        if r > r_max:
+            raise AdapterError(f"r={r} does not fit the bank's r_max={r_max}")
     _check_slot(bank, slot)
+    bank = with_patterns(bank, spec.patterned(adapter))
     r_max = next(iter(bank.a.values())).shape[1] if bank.a else 0
-    rows = [(0, r_max - spec.r), (0, 0)]
-    a = {path: np.pad(np.asarray(a), rows) for path, (a, _) in adapter.items()}
-    b = {path: np.pad(np.asarray(b), rows) for path, (_, b) in adapter.items()}
+
+    def padded(rows) -> np.ndarray:
+        return np.pad(np.asarray(rows), [(0, r_max - rows.shape[0]), (0, 0)])
+
+    a = {path: padded(a) for path, (a, _) in adapter.items()}
+    b = {path: padded(b) for path, (_, b) in adapter.items()}
     absent = {
         path: np.zeros(bank.a[path].shape[1:], np.float32) for path in bank.a if path not in a
     }
@@ -200,7 +223,9 @@ def put_slot(bank: AdapterBank, slot: int, spec: LoraSpec, adapter: Adapter) -> 
     b |= {path: np.zeros(bank.b[path].shape[1:], np.float32) for path in absent}
     targeted = {path: np.bool_(path in adapter) for path in bank.a}
     scalars = (np.float32(spec.scale), np.float32(spec.dropout), np.int32(spec.r))
-    return _set_slot(bank, np.int32(slot), (a, b, targeted, *scalars))
+    ranks = {path: np.int32(spec.rank_of(path)) for path in bank.ranks}
+    ratios = {path: np.float32(spec.scale_of(path) / spec.scale) for path in bank.ratios}
+    return _set_slot(bank, np.int32(slot), (a, b, targeted, *scalars, ranks, ratios))
 
 
 @jax.jit
@@ -220,8 +245,9 @@ def read_slot(bank: AdapterBank, slot: int) -> Adapter:
     """Returns the adapter of a slot: the modules it targets, of its true rank."""
     _check_slot(bank, slot)
     one = jax.device_get(_get_slot(bank, np.int32(slot)))
+    ranks = {path: one.ranks.get(path, one.rank) for path in one.a}
     return {
-        path: (jnp.asarray(one.a[path][: one.rank]), jnp.asarray(one.b[path][: one.rank]))
+        path: (jnp.asarray(one.a[path][: ranks[path]]), jnp.asarray(one.b[path][: ranks[path]]))
         for path, targeted in one.targeted.items()
         if targeted
     }
@@ -248,7 +274,7 @@ def mask_gradients(bank: AdapterBank, a: Stacks, b: Stacks) -> tuple[Stacks, Sta
     """Zeroes gradients of rank padding and of modules that a slot does not target."""
 
     def masked(path: str, gradient: Array) -> Array:
-        rank = jnp.where(bank.targeted[path], bank.rank, 0)
+        rank = jnp.where(bank.targeted[path], bank.ranks.get(path, bank.rank), 0)
         rows = jnp.arange(gradient.shape[1])
         return jnp.where((rows[None, :] < rank[:, None])[:, :, None], gradient, 0)
 

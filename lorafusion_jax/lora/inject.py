@@ -48,7 +48,7 @@ def loraize(
         adapted = LoRALinear(
             linears[path],
             *adapter[path],
-            scale=spec.scale,
+            scale=spec.scale_of(path),
             dropout=spec.dropout,
             site=site,
             rngs=rngs,

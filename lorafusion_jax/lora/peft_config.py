@@ -15,9 +15,10 @@ _MAX_BYTES = 1 << 20
 
 # Fields that change nothing about what a trained adapter computes, or are checked by themselves.
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules",
-    "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, ...) change them.
@@ -36,33 +37,38 @@ def config_text(spec: LoraSpec, base: str | None, paths: Iterable[str]) -> str:
     if targets == ALL_LINEAR:
         targets = {path.rpartition(".")[2] for path in paths}
     fields = {
-        "alpha_pattern": {},
+        "alpha_pattern": {key: _number(alpha) for key, alpha in spec.alpha_pattern.items()},
         "base_model_name_or_path": base,
         "bias": "none",
         "exclude_modules": _rule_json(spec.exclude_modules),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True if spec.init == "default" else spec.init,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        "layers_pattern": _rule_json(spec.layers_pattern),
+        "layers_to_transform": _rule_json(spec.layers_to_transform),
+        "lora_alpha": _number(spec.alpha),
         "lora_dropout": float(spec.dropout),
         "modules_to_save": None,
         "peft_type": "LORA",
         "peft_version": _PEFT_FORMAT,
         "r": spec.r,
-        "rank_pattern": {},
+        "rank_pattern": dict(spec.rank_pattern),
         "revision": None,
         "target_modules": _rule_json(targets),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": spec.use_rslora,
     }
-    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    # Sorted by key, but the patterns keep their order: the first that matches counts.
+    return json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
 
 
-def _rule_json(rule) -> str | list[str] | None:
-    return rule if rule is None or isinstance(rule, str) else sorted(rule)
+def _rule_json(rule):
+    return rule if rule is None or isinstance(rule, str | int) else sorted(rule)
+
+
+def _number(value: int | float) -> int | float:
+    return int(value) if value == int(value) else value
 
 
 def read_config(path: Path) -> tuple[LoraSpec, str | None]:
@@ -89,6 +95,10 @@ def read_config(path: Path) -> tuple[LoraSpec, str | None]:
             use_rslora=config.get("use_rslora", False),
             target_modules=config["target_modules"],
             exclude_modules=config.get("exclude_modules"),
+            layers_to_transform=config.get("layers_to_transform"),
+            layers_pattern=config.get("layers_pattern") or None,
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
             init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
         )
     except AdapterError as error:
@@ -127,6 +137,16 @@ def _malformed(config: Mapping[str, Any]) -> tuple[str, str] | None:
         return "target_modules", "a list of names or a regular expression"
     if config.get("exclude_modules") is not None and not _is_rule(config["exclude_modules"]):
         return "exclude_modules", "a list of names, a regular expression or null"
+    for key, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or any(type(x) not in kinds for x in pattern.values()):
+            return key, "an object of expressions and numbers"
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and any(type(number) is not int for number in numbers):
+        return "layers_to_transform", "a number, a list of numbers or null"
+    if config.get("layers_pattern") and not _is_rule(config["layers_pattern"]):
+        return "layers_pattern", "a name, a list of names or null"
     return None
 
 

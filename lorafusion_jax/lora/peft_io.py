@@ -19,7 +19,7 @@ from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.lora.bank import Adapter
 from lorafusion_jax.lora.peft_config import config_text, read_config
 from lorafusion_jax.lora.safetensors_io import read_safetensors, write_safetensors
-from lorafusion_jax.lora.targets import ALL_LINEAR, LoraSpec, matches, named_modules, target_paths
+from lorafusion_jax.lora.targets import LoraSpec, named_modules, selects, target_paths
 
 type Dtype = Literal["float32", "bfloat16"]
 
@@ -64,8 +64,8 @@ def save_peft(
         The folder.
 
     Raises:
-        AdapterError: the adapter is empty, not finite or not of rank `spec.r`, or the folder holds
-            other files.
+        AdapterError: the adapter is empty, not finite or not of the ranks of `spec`, or the folder
+            holds other files.
     """
     directory = Path(directory).resolve()
     tensors = _tensors(adapter, spec, _DTYPES[dtype])
@@ -113,9 +113,10 @@ def _tensors(adapter: Adapter, spec: LoraSpec, dtype: np.dtype) -> dict[str, np.
         raise AdapterError("the adapter has no modules: nothing to save")
     tensors = {}
     for path, (a, b) in adapter.items():
-        if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[0] == spec.r:
+        rank = spec.rank_of(path)
+        if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[0] == rank:
             raise AdapterError(
-                f"{path}: A {list(a.shape)} and B {list(b.shape)}, expected {spec.r} rows of each"
+                f"{path}: A {list(a.shape)} and B {list(b.shape)}, expected {rank} rows of each"
             )
         for name, value in (("lora_A", np.asarray(a)), ("lora_B", np.asarray(b).T)):
             value = value.astype(dtype)
@@ -174,10 +175,10 @@ def _adapter(path: Path, tensors: Mapping[str, np.ndarray], spec: LoraSpec) -> A
         module, half = _parse_name(path, name)
         if not np.isfinite(tensor).all():
             raise AdapterError(f"{path}: {name!r} holds NaN or infinity")
-        axis = 0 if half == "lora_A" else 1
-        if tensor.ndim != 2 or tensor.shape[axis] != spec.r:
+        axis, rank = 0 if half == "lora_A" else 1, spec.rank_of(module)
+        if tensor.ndim != 2 or tensor.shape[axis] != rank:
             raise AdapterError(
-                f"{path}: {name!r} is {list(tensor.shape)}, expected axis {axis} to be r={spec.r}"
+                f"{path}: {name!r} is {list(tensor.shape)}, expected axis {axis} to be r={rank}"
             )
         halves.setdefault(module, {})[half] = tensor.astype(np.float32)
     if not halves:
@@ -186,8 +187,7 @@ def _adapter(path: Path, tensors: Mapping[str, np.ndarray], spec: LoraSpec) -> A
         if len(found) != 2:
             missing = "lora_B" if "lora_A" in found else "lora_A"
             raise AdapterError(f"{path}: {module} has no {missing}.weight")
-        targeted = spec.target_modules == ALL_LINEAR or matches(spec.target_modules, module)
-        if not targeted or matches(spec.exclude_modules or (), module):
+        if not selects(spec, module):
             raise AdapterError(f"{path}: {module} is not among the config's target_modules")
     return {
         module: (found["lora_A"], np.ascontiguousarray(found["lora_B"].T))

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flax import nnx
 
@@ -14,6 +14,7 @@ from pallas_kernels.dropout import MIN_RATE
 
 type Rule = str | Sequence[str]
 
+MAX_RANK = 256
 ALL_LINEAR = "all-linear"
 _OUTPUT_HEAD = "lm_head"
 
@@ -31,6 +32,12 @@ class LoraSpec:
             matches whole module paths, or "all-linear" for all linears but the output head
             (`lm_head`).
         exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: number or numbers of the layers to adapt; None for all. Only where
+            `target_modules` is not an expression, which can say the same.
+        layers_pattern: name or names of the list of layers, where a path has several numbers.
+        rank_pattern: other ranks: an expression for the end of a module path, and the rank; the
+            first that matches counts.
+        alpha_pattern: other values of alpha, by the same rule.
         init: A is uniform in +-1/sqrt(in) ("default") or normal with deviation 1/r ("gaussian");
             B is zero.
     """
@@ -41,13 +48,23 @@ class LoraSpec:
     use_rslora: bool = False
     target_modules: Rule = ALL_LINEAR
     exclude_modules: Rule | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: Rule | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict, hash=False)
     init: str = "default"
 
     def __post_init__(self):
-        for name in ("target_modules", "exclude_modules"):  # hashable whatever sequence is given
+        # Hashable whatever sequence is given.
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
             rule = getattr(self, name)
             if rule is not None and not isinstance(rule, str):
                 object.__setattr__(self, name, tuple(rule))
+        layers = self.layers_to_transform
+        if isinstance(layers, Sequence):
+            object.__setattr__(self, "layers_to_transform", tuple(layers) or None)
+        self._check_layers()
+        self._check_patterns()
         if self.r < 1:
             raise AdapterError(f"r={self.r} must be at least 1")
         if not 0 < self.alpha < float("inf"):
@@ -60,12 +77,59 @@ class LoraSpec:
     @classmethod
     def from_config(cls, config: LoraConfig) -> "LoraSpec":
         """Returns the adapter that a run configuration describes."""
-        return cls(**config.model_dump())
+        return cls(**config.model_dump(exclude={"init_from"}))
 
     @property
     def scale(self) -> float:
-        """What the adapter's output is multiplied by."""
+        """What the adapter's output is multiplied by, where no pattern says otherwise."""
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def rank_of(self, path: str) -> int:
+        """Returns the rank of a module's A and B."""
+        return _first_match(self.rank_pattern, path, self.r)
+
+    def scale_of(self, path: str) -> float:
+        """Returns what the adapter's output at a module is multiplied by."""
+        r, alpha = self.rank_of(path), _first_match(self.alpha_pattern, path, self.alpha)
+        return alpha / (r**0.5 if self.use_rslora else r)
+
+    def max_rank(self, paths: Iterable[str]) -> int:
+        """Returns the largest rank among modules; `r` for none."""
+        return max((self.rank_of(path) for path in paths), default=self.r)
+
+    def patterned(self, paths: Iterable[str]) -> list[str]:
+        """Returns those of the modules whose rank or scale is not the adapter's own."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return []
+        usual = self.r, self.scale
+        return [path for path in paths if (self.rank_of(path), self.scale_of(path)) != usual]
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            if self.layers_pattern:
+                raise AdapterError("layers_pattern needs layers_to_transform")
+            return
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            raise AdapterError(
+                "layers_to_transform needs target_modules to be names or all-linear: an expression "
+                "can name the layers itself"
+            )
+        numbers = layers if isinstance(layers, tuple) else (layers,)
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+            raise AdapterError(f"layers_to_transform={layers!r} must be numbers from 0")
+        for pattern in _names_of(self.layers_pattern):
+            _compiled(pattern)
+
+    def _check_patterns(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in getattr(self, name).items():
+                _compiled(key)
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                if name == "rank_pattern" and not (whole and 1 <= value <= MAX_RANK):
+                    raise AdapterError(f"{name}: {key}: {value!r} must be from 1 to {MAX_RANK}")
+                if not (whole or isinstance(value, float)) or not 0 < value < float("inf"):
+                    raise AdapterError(f"{name}: {key}: {value!r} must be a positive number")
 
 
 def target_paths(model: nnx.Module, spec: LoraSpec) -> list[str]:
@@ -83,15 +147,15 @@ def target_paths(model: nnx.Module, spec: LoraSpec) -> list[str]:
     linears = [path for path, m in modules.items() if isinstance(m, nnx.Linear | MultiLoRALinear)]
     rule = spec.target_modules
     if rule == ALL_LINEAR:
-        chosen = [path for path in linears if path.rpartition(".")[2] != _OUTPUT_HEAD]
+        chosen = [path for path in linears if selects(spec, path)]
     else:
-        chosen = [path for path in modules if matches(rule, path)]
         _refuse_unmatched(rule, modules, linears)
-    chosen = [path for path in chosen if not matches(spec.exclude_modules or (), path)]
+        chosen = [path for path in modules if selects(spec, path)]
     if not chosen:
         raise AdapterError(
-            f"target_modules={rule!r} without exclude_modules={spec.exclude_modules!r} leaves no "
-            f"linear; the model has {_names(linears)}"
+            f"target_modules={rule!r} without exclude_modules={spec.exclude_modules!r} in "
+            f"layers_to_transform={spec.layers_to_transform!r} leaves no linear; the model has "
+            f"{_names(linears)}"
         )
     for path in chosen:
         if path not in linears:
@@ -106,6 +170,73 @@ def target_paths(model: nnx.Module, spec: LoraSpec) -> list[str]:
 def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Returns all modules inside a model by dotted path, a shared one by its first path."""
     return {".".join(map(str, path)): module for path, module in nnx.iter_modules(model) if path}
+
+
+def selects(spec: LoraSpec, path: str) -> bool:
+    """Says whether a spec targets a linear at a path."""
+    rule = spec.target_modules
+    if matches(spec.exclude_modules or (), path):
+        return False
+    if rule == ALL_LINEAR:
+        return path.rpartition(".")[2] != _OUTPUT_HEAD and _in_layers(spec, path)
+    if isinstance(rule, str) or path in rule:  # a whole path is PEFT's way to say: in any case
+        return matches(rule, path)
+    return matches(rule, path) and _in_layers(spec, path)
+
+
+def refuse_unused_patterns(spec: LoraSpec, paths: Iterable[str]) -> None:
+    """Refuses patterns and layers that concern none of the targeted modules: they are misspelt.
+
+    Raises:
+        AdapterError: names the key.
+    """
+    paths = list(paths)
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(spec, name):
+            if not any(_matches_end(key, path) for path in paths):
+                raise AdapterError(
+                    f"{name}: {key!r} matches no targeted module, check the spelling"
+                )
+    layers = spec.layers_to_transform
+    for number in () if layers is None else layers if isinstance(layers, tuple) else (layers,):
+        if not any(_layer_of(spec, path) == number for path in paths):
+            raise AdapterError(f"layers_to_transform: the model has no targeted layer {number}")
+
+
+def _first_match[T](pattern: Mapping[str, T], path: str, default: T) -> T:
+    return next((value for key, value in pattern.items() if _matches_end(key, path)), default)
+
+
+def _matches_end(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _in_layers(spec: LoraSpec, path: str) -> bool:
+    layers = spec.layers_to_transform
+    if layers is None:
+        return True
+    number = _layer_of(spec, path)
+    return number in layers if isinstance(layers, tuple) else number == layers
+
+
+def _layer_of(spec: LoraSpec, path: str) -> int | None:
+    """The first number behind a name in a path (behind one of `layers_pattern`, if given)."""
+    for name in _names_of(spec.layers_pattern) or (r"[^.]*",):
+        found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
+        if found is not None:
+            return int(found[found.lastindex or 1])
+    return None
+
+
+def _names_of(rule: Rule | None) -> tuple[str, ...]:
+    return () if not rule else (rule,) if isinstance(rule, str) else tuple(rule)
+
+
+def _compiled(text: str) -> None:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(f"{text!r} is not a regular expression: {error}") from None
 
 
 def matches(rule: Rule, path: str) -> bool:

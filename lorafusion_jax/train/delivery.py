@@ -8,7 +8,7 @@ from lorafusion_jax.lora.bank import AdapterBank, read_slot
 from lorafusion_jax.lora.peft_io import save_peft
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import Evaluated, JobEnded, Listener, Notice
-from lorafusion_jax.train.jobs import TrainJob, lora_spec
+from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.run_folder import RunFolder
 
@@ -83,7 +83,7 @@ class Delivery:
         )
 
     def _export(self, bank: AdapterBank, job: TrainJob, slot: int, which: str) -> None:
-        adapter, spec = read_slot(bank, slot), lora_spec(job.config)
+        adapter, spec = read_slot(bank, slot), job.spec
         try:
             save_peft(self._folder.adapter(job.name, which), adapter, spec, self._base_name)
         except AdapterError as error:  # not finite; the other jobs go on

@@ -18,6 +18,9 @@ from lorafusion_jax.data import (
     tokenize_dataset,
 )
 from lorafusion_jax.lora import LoraSpec, target_paths
+from lorafusion_jax.lora.bank import Adapter
+from lorafusion_jax.lora.start import adapter_fingerprint, initial_adapter
+from lorafusion_jax.lora.targets import refuse_unused_patterns
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train.optimizer import OPTIMIZERS, SCHEDULES, Hyper
 from lorafusion_sched import Job, Sample
@@ -39,6 +42,7 @@ class TrainJob:
         eval_samples: held-out data; the same data set as `samples` where it was split off.
         eval_indices: which of them are held out; may be empty.
         targets: paths of the modules its adapter changes.
+        initial: the adapter it starts from; None for a fresh one.
     """
 
     config: JobConfig
@@ -49,6 +53,7 @@ class TrainJob:
     eval_samples: Dataset
     eval_indices: tuple[int, ...]
     targets: tuple[str, ...]
+    initial: Adapter | None = None
 
     @property
     def name(self) -> str:
@@ -68,8 +73,19 @@ class TrainJob:
 
     @property
     def fingerprint(self) -> str:
-        """Content hash of its training and held-out data."""
-        return f"{self.samples.fingerprint}:{self.eval_samples.fingerprint}"
+        """Content hash of its training and held-out data, and of the adapter it starts from."""
+        data = f"{self.samples.fingerprint}:{self.eval_samples.fingerprint}"
+        return data if self.initial is None else f"{data}:{adapter_fingerprint(self.initial)}"
+
+    @property
+    def spec(self) -> LoraSpec:
+        """Its adapter in the words of the lora room."""
+        return lora_spec(self.config)
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of its modules."""
+        return self.spec.max_rank(self.targets)
 
     def eval_plan(self) -> Job:
         """Its held-out samples as one global batch, for packing."""
@@ -105,6 +121,9 @@ def resolve_job(
     batches = _batches(config, samples, train, seed)
     counts = samples.supervised_counts
     tokens = {i: int(sum(counts[s.index] for s in batch)) for i, batch in enumerate(batches)}
+    spec, start = lora_spec(config), config.lora.init_from
+    targets = target_paths(base.model, spec)
+    refuse_unused_patterns(spec, targets)
     return TrainJob(
         config=config,
         seed=job_seed(seed, config.name),
@@ -113,7 +132,8 @@ def resolve_job(
         batch_tokens=tokens,
         eval_samples=eval_samples,
         eval_indices=tuple(int(i) for i in held_out),
-        targets=tuple(target_paths(base.model, lora_spec(config))),
+        targets=tuple(targets),
+        initial=None if start is None else initial_adapter(start, config, base.model, targets),
     )
 
 
@@ -149,7 +169,7 @@ def _batches(
 
 def lora_spec(config: JobConfig) -> LoraSpec:
     """Returns a job's adapter in the words of the lora room."""
-    return LoraSpec(**config.lora.model_dump())
+    return LoraSpec.from_config(config.lora)
 
 
 def hyper_parameters(jobs: Sequence[TrainJob], slots: Mapping[str, int], num_slots: int) -> Hyper:
@@ -162,7 +182,7 @@ def hyper_parameters(jobs: Sequence[TrainJob], slots: Mapping[str, int], num_slo
         "freeze_on_nonfinite": np.zeros(num_slots, np.bool_),
     } | {
         name: np.zeros(num_slots, np.float32)
-        for name in ("lr", "b1", "b2", "eps", "weight_decay", "max_grad_norm")
+        for name in ("lr", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "lora_plus_ratio")
     }
     for job in jobs:
         if job.name in slots:
@@ -187,4 +207,5 @@ def _slot_values(optim: OptimConfig, num_steps: int) -> dict[str, Any]:
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
         "max_grad_norm": math.inf if clip is None else clip,
+        "lora_plus_ratio": optim.lora_plus_ratio,
     }

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorafusion_jax.lora.bank import write_slot
+from lorafusion_jax.lora.bank import put_slot, write_slot
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.batch import JobRows, PackedBatch, pack, segment_bucket
@@ -18,7 +18,7 @@ from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.delivery import Delivery
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import CheckpointSaved, Listener
-from lorafusion_jax.train.jobs import TrainJob, hyper_parameters, lora_spec
+from lorafusion_jax.train.jobs import TrainJob, hyper_parameters
 from lorafusion_jax.train.outcome import Outcomes
 from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
@@ -153,7 +153,10 @@ class Run:
     def _start(self, job: TrainJob) -> None:
         """Gives a job its slot: a fresh adapter and zero moments, whatever lay there."""
         slot = self.schedule.slot[job.name]
-        bank = write_slot(self.state.bank, slot, lora_spec(job.config), job.seed, job.targets)
+        if job.initial is None:
+            bank = write_slot(self.state.bank, slot, job.spec, job.seed, job.targets)
+        else:
+            bank = put_slot(self.state.bank, slot, job.spec, job.initial)
         if self._was_used(slot):
             self.state = optimizer.reset_slot(self.state, slot)
         self.state = self.state._replace(bank=bank)

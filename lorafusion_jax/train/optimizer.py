@@ -32,6 +32,7 @@ class Hyper(NamedTuple):
         b1, b2, eps: as in optax; `b1` is the momentum of sgd.
         weight_decay: decoupled decay of adamw.
         max_grad_norm: clips the slot's own global norm; inf never clips.
+        lora_plus_ratio: learning rate of B over that of A.
         freeze_on_nonfinite: a rejected batch freezes the slot for good.
     """
 
@@ -45,6 +46,7 @@ class Hyper(NamedTuple):
     eps: Float[Array, " slots"]
     weight_decay: Float[Array, " slots"]
     max_grad_norm: Float[Array, " slots"]
+    lora_plus_ratio: Float[Array, " slots"]
     freeze_on_nonfinite: Bool[Array, " slots"]
 
 
@@ -137,7 +139,12 @@ def _slot_update(
         return jnp.where(norm < hyper.max_grad_norm, g, g / norm * hyper.max_grad_norm)
 
     updates, moments = transform(name, hyper).update(jax.tree.map(clip, grads), moments, params)
-    return jax.tree.map(lambda p, u: p - lr * u, params, updates), moments
+    rates = {"a": lr, "b": lr * hyper.lora_plus_ratio}
+    new = {
+        half: jax.tree.map(lambda p, u, rate=rates[half]: p - rate * u, params[half], updates[half])
+        for half in params
+    }
+    return new, moments
 
 
 def gated_update(

@@ -6,7 +6,12 @@ import jax
 from jaxtyping import PyTree
 
 from lorafusion_jax.config import BatchingConfig, RunConfig
-from lorafusion_jax.lora.bank import attach_adapters, multi_linears, split_adapters
+from lorafusion_jax.lora.bank import (
+    attach_adapters,
+    multi_linears,
+    split_adapters,
+    with_patterns,
+)
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train.evaluate import Evaluator
 from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
@@ -53,7 +58,9 @@ def prepare_run(
     tile = schedule.plan.tile
     num_slots = max(schedule.num_slots, saved.num_slots)
     paths = _targeted(base, jobs)
-    bank = attach_adapters(base.model, paths, num_slots, max(j.config.lora.r for j in jobs))
+    bank = attach_adapters(base.model, paths, num_slots, max(job.max_rank for job in jobs))
+    patterned = {path for job in jobs for path in job.spec.patterned(job.targets)}
+    bank = with_patterns(bank, [path for path in paths if path in patterned])
     graphdef, frozen = split_adapters(base.model)
     attach_adapters(base.model, (), 0, 1)
     state = init_state(bank, tuple(sorted({job.config.optim.name for job in jobs})))
@@ -137,7 +144,7 @@ def _job_summary(job: TrainJob, sizes: dict[str, int]) -> JobSummary:
         tokens=tokens,
         supervised=sum(job.batch_tokens.values()) / tokens,
         r=job.config.lora.r,
-        parameters=job.config.lora.r * sum(sizes[path] for path in job.targets),
+        parameters=sum(job.spec.rank_of(path) * sizes[path] for path in job.targets),
     )
 
 

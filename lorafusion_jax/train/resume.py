@@ -192,13 +192,21 @@ def restore_state(fresh: TrainState, leaves: Leaves, *, joined: bool) -> TrainSt
     Raises:
         CheckpointError: the leaves do not fit.
     """
+    saved = set(leaves)
     if joined:
         leaves = leaves_of(fresh) | {
             name: _enlarged(name, leaf, new)
             for name, new in leaves_of(fresh).items()
             if (leaf := leaves.get(name)) is not None
         }
-    return jax.tree.map(jax.numpy.asarray, unflatten_like(fresh, leaves))
+    state = jax.tree.map(jax.numpy.asarray, unflatten_like(fresh, leaves))
+    # Modules that only a joined job has patterns for: there the others have their usual rank.
+    bank = state.bank
+    ranks = {
+        path: rank if f"bank/ranks/{path}" in saved else jax.numpy.array(bank.rank)
+        for path, rank in bank.ranks.items()
+    }
+    return state._replace(bank=bank._replace(ranks=ranks))
 
 
 def _enlarged(name: str, leaf: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -55,7 +55,11 @@ BROKEN = {
     "devices": ("output", "parallel: {stage: 2}\noutput", ["@2", "not supported in this version"]),
     "quantize": ("model: ./m", "model: ./m, quantize: nf4", ["@1", "base.quantize", "remove it"]),
     "hub data": ("sql.jsonl", "hf://a/b", ["@9", "jobs.sql.data.path", "local JSONL"]),
-    "init_from": ("    train", "    init_from: ./a\n    train", ["@10", "init_from", "remove it"]),
+    "init_from": (
+        "    train",
+        "    init_from: ./a\n    train",
+        ["@10", "init_from", "lora.init_from"],
+    ),
     "sweep": ("output", "sweep: {job: sql}\noutput", ["@2", "sweep", "one job per combination"]),
     "tensorboard": ("output", "report: {to: [tensorboard]}\noutput", ["@2", "report.to"]),
     "patience": ("train:", "eval: {early_stopping_patience: 2}\n    train:", ["@10", "remove it"]),

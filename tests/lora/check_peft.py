@@ -27,13 +27,15 @@ def logits_of(model, tokens):
 def merge_by_hand(merged, adapter):
     """Makes every targeted W a W + scale * B A from the files alone, without PEFT."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    divisor = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
     tensors = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in tensors if name.endswith("lora_A.weight")]:
         a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
         path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         weight = merged.get_submodule(path).weight
-        delta = config["lora_alpha"] / divisor * (b.to(weight.dtype) @ a.to(weight.dtype))
+        alpha = next((v for k, v in config["alpha_pattern"].items() if k in path), None)
+        r = a.shape[0]
+        scale = (alpha or config["lora_alpha"]) / (r**0.5 if config["use_rslora"] else r)
+        delta = scale * (b.to(weight.dtype) @ a.to(weight.dtype))
         weight.data += delta
     return merged
 

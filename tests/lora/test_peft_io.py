@@ -69,6 +69,11 @@ def test_config_has_pefts_fields(tmp_path):
         LoraSpec(r=2, alpha=1.5),
         LoraSpec(r=2, target_modules=("up", "down"), exclude_modules=("head",)),
         LoraSpec(r=2, target_modules=r"layers\.0\..*", exclude_modules=".*q"),
+        LoraSpec(
+            r=2, target_modules=("up", "down"), layers_to_transform=[0], layers_pattern="layers"
+        ),
+        # The order of patterns counts, and is not the alphabet's.
+        LoraSpec(r=9, rank_pattern={"layers.0.up": 2, "down": 2}, alpha_pattern={"up": 0.5}),
     ],
 )
 def test_export_import_export_is_byte_identical(tmp_path, spec, dtype):
@@ -149,9 +154,14 @@ def _with_config(directory, **changes):
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"rank_pattern": {"up": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"up": 4}}, "alpha_pattern"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"rank_pattern": {"up": 4}}, "expected axis 0 to be r=4"),
+        ({"rank_pattern": {"up": 0}}, "rank_pattern: up: 0"),
+        ({"rank_pattern": ["up"]}, "rank_pattern="),
+        ({"alpha_pattern": {"up": "4"}}, "alpha_pattern="),
+        ({"alpha_pattern": {"(": 4}}, "regular expression"),
+        ({"layers_to_transform": [7]}, r"layers\.0\.down is not among"),
+        ({"layers_to_transform": "0"}, "layers_to_transform="),
+        ({"layers_pattern": ["blocks"]}, "layers_pattern needs layers_to_transform"),
         ({"invented_in_2030": 1}, "invented_in_2030"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"r": "2"}, "r='2'"),

@@ -135,6 +135,7 @@ class Mix:
             eps=column(1e-6),
             weight_decay=column(0.01),
             max_grad_norm=np.array([job.max_grad_norm for job in self.jobs], np.float32),
+            lora_plus_ratio=np.ones(len(self.jobs), np.float32),
             freeze_on_nonfinite=column(False, np.bool_),
         )
 

@@ -32,6 +32,7 @@ def hyper(**changes) -> Hyper:
         "eps": 1e-8,
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
+        "lora_plus_ratio": 1.0,
         "freeze_on_nonfinite": False,
     } | changes
     dtypes = dict.fromkeys(("kind", "schedule", "warmup_steps", "total_steps"), jnp.int32)
@@ -227,3 +228,21 @@ def test_reset_zeroes_one_slot_whatever_lay_there(rng):
     assert_bit_equal(slot(clean, 1), jax.tree.map(jnp.zeros_like, slot(dirty, 1)))
     for other in (0, 2):
         assert_bit_equal(slot(clean, other), slot(dirty, other))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_lora_plus_multiplies_the_rate_of_b_alone(rng, kind):
+    params = tree(rng)
+    grads, ended = tree(rng), jnp.ones(SLOTS, bool)
+
+    def moved(ratio):
+        h = hyper(kind=OPTIMIZERS.index(kind), lora_plus_ratio=ratio)
+        state = init(params, (kind,), SLOTS)
+        new, _, _ = gated_update(params, state, grads, jnp.ones(SLOTS), ended, h)
+        return jax.tree.map(lambda a, b: a - b, new, params)
+
+    plain, plus = moved(1.0), moved(jnp.asarray([1.0, 4.0, 4.0]))
+    assert_bit_equal(plus["a"], plain["a"])
+    for path, step in plain["b"].items():
+        assert_bit_equal(plus["b"][path][0], step[0])
+        np.testing.assert_allclose(plus["b"][path][1:], 4 * step[1:], rtol=1e-4, atol=1e-6)

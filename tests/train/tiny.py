@@ -123,6 +123,7 @@ def hyper(jobs: Mapping[int, TinyJob], num_slots: int = SLOTS) -> Hyper:
         eps=column(np.float32, lambda j: 1e-8),
         weight_decay=column(np.float32, lambda j: j.weight_decay),
         max_grad_norm=column(np.float32, lambda j: j.max_grad_norm),
+        lora_plus_ratio=column(np.float32, lambda j: 1.0),
         freeze_on_nonfinite=column(np.bool_, lambda j: j.freeze),
     )
 
