@@ -140,10 +140,8 @@ def _slot_update(
 
     updates, moments = transform(name, hyper).update(jax.tree.map(clip, grads), moments, params)
     rates = {"a": lr, "b": lr * hyper.lora_plus_ratio}
-    new = {
-        half: jax.tree.map(lambda p, u, rate=rates[half]: p - rate * u, params[half], updates[half])
-        for half in params
-    }
+    rates = {half: jax.tree.map(lambda _, rate=rates[half]: rate, params[half]) for half in params}
+    new = jax.tree.map(lambda p, u, rate: p - rate * u, params, updates, rates)
     return new, moments
 
 
