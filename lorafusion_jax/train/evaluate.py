@@ -10,7 +10,7 @@ from lorafusion_jax.train.batch import JobRows, PackedBatch, RowOwner, pack, seg
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loss import TokenLosses
 from lorafusion_jax.train.programs import Programs
-from lorafusion_sched import Problem, plan
+from lorafusion_sched import Plan, Problem, plan
 
 BASE = -1
 """The slot that stands for the base model without an adapter."""
@@ -46,16 +46,21 @@ class Evaluator:
     """
 
     def __init__(self, programs: Programs, jobs: Sequence[TrainJob], capacity: int, tile: int):
-        self._programs, self._jobs, self._tile = programs, jobs, tile
-        self._plans = {
-            job.name: plan(Problem(jobs=(job.eval_plan(),), capacities=(capacity,), tile=tile))
-            for job in jobs
-            if job.eval_indices
-        }
-        # One static number of segments for all jobs: one program.
-        self._segments = max(
-            (segment_bucket(plan.microbatches) for plan in self._plans.values()), default=1
-        )
+        self._programs, self._tile, self._capacity = programs, tile, capacity
+        self._jobs: list[TrainJob] = []
+        self._plans: dict[str, Plan] = {}
+        self._segments = 1  # one static number for all jobs: one program
+        for job in jobs:
+            self.add(job)
+
+    def add(self, job: TrainJob) -> None:
+        """Takes on another job."""
+        self._jobs.append(job)
+        if job.eval_indices:
+            jobs = (job.eval_plan(),)
+            answer = plan(Problem(jobs=jobs, capacities=(self._capacity,), tile=self._tile))
+            self._plans[job.name] = answer
+            self._segments = max(self._segments, segment_bucket(answer.microbatches))
 
     def __call__(self, bank: AdapterBank, job: TrainJob, slot: int) -> EvalResult | None:
         """Evaluates the adapter in `slot`, or the base model (`BASE`), on a job's held-out samples.

@@ -17,14 +17,16 @@ from lorafusion_jax.train.batch import JobRows, PackedBatch, pack, segment_bucke
 from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.delivery import Delivery
 from lorafusion_jax.train.evaluate import BASE, Evaluator
-from lorafusion_jax.train.events import CheckpointSaved, Listener
+from lorafusion_jax.train.events import CheckpointSaved, JobEnded, Listener, Notice
 from lorafusion_jax.train.jobs import TrainJob, hyper_parameters
 from lorafusion_jax.train.outcome import Outcomes
 from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
+from lorafusion_jax.train.replan import Change, Replanner
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule
 from lorafusion_jax.train.step import TrainState
+from lorafusion_sched import to_json
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Run:
         facts: what identifies the run; saved with every checkpoint.
         progress: of each job.
         cursor: next microbatch.
+        ended: jobs that ended early, and the microbatch from which on they are skipped.
         tokens: real tokens trained by this process.
     """
 
@@ -61,20 +64,24 @@ class Run:
     facts: dict[str, Any]
     progress: dict[str, JobProgress] = field(default_factory=dict)
     cursor: int = 0
+    ended: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
 
     def __post_init__(self):
         self._by_name = {job.name: job for job in self.jobs}
         self._num_slots = self.state.bank.rank.shape[0]
         self._segments = segment_bucket(self.schedule.plan.microbatches)
+        self._replanner = Replanner(self._num_slots)
         for job in self.jobs:
             self.progress.setdefault(job.name, JobProgress())
-        self._rows = {
-            job.name: JobRows(self.schedule.slot[job.name], job.seed, job.samples, job.batch_tokens)
-            for job in self.jobs
-        }
+        self._place_rows()
         self._outcomes = Outcomes(
-            self._by_name, self.schedule, self.progress, self.listener, lambda: self.cursor
+            self._by_name,
+            self.schedule,
+            self.progress,
+            self.ended,
+            self.listener,
+            lambda: self.cursor,
         )
         name = self.base.path or self.base.name
         self._delivery = Delivery(self.evaluator, name, self.folder, self.progress, self.listener)
@@ -82,12 +89,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """All microbatches are done."""
-        return self.cursor == len(self.schedule.plan.microbatches)
+        """All microbatches are done, and no job waits to join."""
+        done = self.cursor == len(self.schedule.plan.microbatches)
+        return done and self._replanner.pending is None
 
     def compile_ahead(self) -> None:
         """Starts to compile the programs in the background."""
-        if not self.finished:
+        if self.cursor < len(self.schedule.plan.microbatches):
             example = self.evaluator.example(self._num_slots)
             self.programs.announce(self.state, self._hyper, self._pack(self.cursor), example)
 
@@ -103,25 +111,80 @@ class Run:
         Raises:
             NonFiniteError: a job with policy `stop` had a non-finite gradient; all is saved.
         """
+        self._swap_plan()
+        if self.finished:  # what was left has ended with its jobs
+            self.save()
+            return
         index, self.cursor = self.cursor, self.cursor + 1
         microbatch = self.schedule.plan.microbatches[index]
         for job in self.jobs:
-            if self.schedule.first[job.name] == index:
+            if self.schedule.first.get(job.name) == index and self._is_live(job.name):
                 self._start(job)
         if any(self._is_live(stretch.job) for stretch in microbatch.stretches):
             self._train(index)
         self.tokens += sum(stretch.tokens() for stretch in microbatch.stretches)
         self._after(index)
 
+    def end_job(self, name: str, status: str, *, repack: bool = True) -> None:
+        """Ends a job now: it keeps what it has learnt, and nothing more of it is trained.
+
+        Its rows are padding from the next microbatch on; a planner in the background then packs the
+        rest without it, and training does not wait for that.
+
+        Args:
+            name: a job that has not ended.
+            status: why, as the job's status.
+            repack: whether the others use its room; False changes no bit of them.
+        """
+        self._outcomes.settle()
+        job, self.progress[name].status = self._by_name[name], status
+        if self.schedule.first.get(name, self.cursor) < self.cursor:
+            self._delivery.end(self.state.bank, job, self.schedule.slot[name])
+        else:  # it never had a slot, so there is no adapter
+            self.listener(JobEnded(name, 0, status, 0, ""))
+        self.ended[name] = self.cursor
+        self._replanner.request(self.schedule, self.cursor, ended=(name,), repack=repack)
+
+    def join(self, jobs: Sequence[TrainJob]) -> None:
+        """Lets jobs join; a planner in the background finds their place.
+
+        Args:
+            jobs: with names, modules, ranks and optimizers for which the bank has room. They wait
+                for a slot where all are taken.
+
+        Raises:
+            PlanError: a name is taken, or a sample does not fit.
+        """
+        self._replanner.request(self.schedule, self.cursor, added=[job.plan for job in jobs])
+        self._admit(jobs)
+
+    def resume_change(self, record: dict[str, Any]) -> None:
+        """Goes on with a change of plan that was being made when the run was saved.
+
+        Args:
+            record: what the checkpoint holds of it; the jobs that join are among `jobs`.
+        """
+        change = Change.from_record(record)
+        added = [self._by_name[name].plan for name in change.added]
+        self._replanner.start(self.schedule, change, added)
+
+    def close(self) -> None:
+        """Ends the planner's thread."""
+        self._replanner.close()
+
     def save(self) -> None:
         """Saves a verified checkpoint of everything, unless this one exists."""
         self._outcomes.settle()
         if self.cursor in self.checkpoints.steps():
             return
+        change = self._replanner.pending
         progress = {
             **self.facts,
             "cursor": self.cursor,
             "jobs": {name: asdict(progress) for name, progress in self.progress.items()},
+            "slots": self.schedule.slot,
+            "ended": self.ended,
+            "change": None if change is None else change.to_record(),
         }
         seconds = self.checkpoints.save(self.cursor, self.state, progress)
         path = str(self.folder.checkpoints / str(self.cursor))
@@ -138,7 +201,44 @@ class Run:
 
     def _is_live(self, job: str) -> bool:
         """Whether a job still trains."""
-        return self.progress[job].status != "frozen"
+        return self.progress[job].status != "frozen" and job not in self.ended
+
+    def _admit(self, jobs: Sequence[TrainJob]) -> None:
+        self.jobs = (*self.jobs, *jobs)
+        for job in jobs:
+            self._by_name[job.name] = job
+            self.progress[job.name] = JobProgress()
+            self.evaluator.add(job)
+            self._delivery.evaluate(self.state.bank, job, BASE, self.cursor)
+
+    def _swap_plan(self) -> None:
+        """Follows a changed plan from here on, if it is time."""
+        schedule = self._replanner.take(self.cursor)
+        if schedule is None:
+            return
+        before, left = len(self.schedule.plan.microbatches), len(schedule.plan.microbatches)
+        self.schedule = schedule
+        self.facts["plan"] = to_json(schedule.plan)
+        self.folder.write_plan(self.facts["plan"])
+        self._segments = max(self._segments, segment_bucket(schedule.plan.microbatches))
+        self._place_rows()
+        self._outcomes.follow(schedule)
+        self._load_hyper()
+        self.listener(
+            Notice(
+                f"the rest is planned anew: {left - self.cursor} microbatches are left instead "
+                f"of {before - self.cursor}"
+            )
+        )
+
+    def _place_rows(self) -> None:
+        """Notes where each job's rows come from and go to, for the jobs that are in the plan."""
+        slots = self.schedule.slot
+        self._rows = {
+            job.name: JobRows(slots[job.name], job.seed, job.samples, job.batch_tokens)
+            for job in self.jobs
+            if job.name in slots
+        }
 
     def _pack(self, index: int) -> PackedBatch:
         batch, _ = pack(
@@ -183,6 +283,8 @@ class Run:
         ended = [s for s in self.schedule.plan.microbatches[index].stretches if s.ends]
         to_evaluate, to_end, save = [], [], self._outcomes.failure is not None
         for stretch in ended:
+            if stretch.job in self.ended:
+                continue
             job, step = self._by_name[stretch.job], stretch.batch + 1
             self.progress[job.name].step = step
             last = step == job.num_steps

@@ -67,13 +67,10 @@ class RunWriter:
     """
 
     def __init__(self, folder: RunFolder, every: int, cursor: int):
-        self._every = every
-        self._metrics = {
-            name: JsonLines(
-                folder.job(name) / "metrics.jsonl", lambda line: line["microbatch"] < cursor
-            )
-            for name in folder.jobs
-        }
+        self._every, self._folder, self._cursor = every, folder, cursor
+        self._metrics: dict[str, JsonLines] = {}
+        for name in folder.jobs:
+            self._lines_of(name)
         self._events = JsonLines(folder.path / "events.jsonl")
         self._log = open(folder.path / "train.log", "a", encoding="utf-8")
 
@@ -86,14 +83,22 @@ class RunWriter:
             case StepDone():
                 first_or_last = event.step in (1, event.total)
                 if first_or_last or event.step % self._every == 0 or not event.applied:
-                    self._metrics[event.job].write(_step_line(event, now))
+                    self._lines_of(event.job).write(_step_line(event, now))
                 return
             case Evaluated():
-                self._metrics[event.job].write(_eval_line(event, now))
+                self._lines_of(event.job).write(_eval_line(event, now))
         self._events.write({"event": type(event).__name__, "time": now, **asdict(event)})
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._log.write(f"{stamp} {describe(event)}\n")
         self._log.flush()
+
+    def _lines_of(self, job: str) -> JsonLines:
+        """The metrics of a job; one that joins gets its folder here."""
+        if job not in self._metrics:
+            path = self._folder.job(job) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._metrics[job] = JsonLines(path, lambda line: line["microbatch"] < self._cursor)
+        return self._metrics[job]
 
     def __enter__(self) -> Self:
         return self

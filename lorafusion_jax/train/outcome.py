@@ -24,6 +24,7 @@ class Outcomes:
         jobs: of the run, by name.
         schedule: plan and slots.
         progress: of each job; policies change it.
+        ended: jobs that ended early, and the microbatch from which on they are skipped.
         listener: told everything.
         cursor: returns the next microbatch, for messages.
 
@@ -36,13 +37,19 @@ class Outcomes:
         jobs: Mapping[str, TrainJob],
         schedule: Schedule,
         progress: Mapping[str, JobProgress],
+        ended: Mapping[str, int],
         listener: Listener,
         cursor: Callable[[], int],
     ):
         self.failure: NonFiniteError | None = None
-        self._jobs, self._schedule, self._progress = jobs, schedule, progress
+        self._jobs, self._progress, self._ended = jobs, progress, ended
         self._listener, self._cursor = listener, cursor
         self._under_way: deque[tuple[int, jax.Array, StepReport | None]] = deque()
+        self.follow(schedule)
+
+    def follow(self, schedule: Schedule) -> None:
+        """Takes over a changed schedule; what is under way is the same in both."""
+        self._schedule = schedule
         self._tokens_at = _tokens_at_ends(schedule.plan.microbatches)
 
     def dispatched(self, index: int, loss: jax.Array, report: StepReport | None) -> None:
@@ -68,6 +75,7 @@ class Outcomes:
         microbatch = microbatches[index]
         for stretch in microbatch.stretches:
             live = self._progress[stretch.job].status != "frozen"
+            live = live and index < self._ended.get(stretch.job, index + 1)
             if stretch.ends and live and report is not None:
                 self._report_step(index, stretch, report)
         tokens = sum(stretch.tokens() for stretch in microbatch.stretches)

@@ -72,7 +72,7 @@ def prepare_run(
     capacity = max(m.capacity for m in schedule.plan.microbatches)
     model = Model(graphdef, config.train.remat, loss_chunk(base.config.vocab_size, capacity))
     programs = Programs(model, frozen, listener)
-    return Run(
+    run = Run(
         base=base,
         jobs=jobs,
         schedule=schedule,
@@ -86,7 +86,11 @@ def prepare_run(
         facts=run_facts(config, base, jobs, to_json(schedule.plan)),
         progress={name: JobProgress(**values) for name, values in saved.progress.items()},
         cursor=saved.cursor,
+        ended=dict(saved.ended),
     )
+    if saved.change is not None and not saved.joined:
+        run.resume_change(saved.change)
+    return run
 
 
 def _targeted(base: Base, jobs: Sequence[TrainJob]) -> list[str]:

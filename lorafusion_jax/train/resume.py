@@ -110,6 +110,26 @@ class Saved:
         return 0 if self.restored is None else len(self.restored.leaves["bank/rank"])
 
     @property
+    def ended(self) -> dict[str, int]:
+        """Jobs that ended early, and the microbatch from which on they were skipped."""
+        return {} if self.restored is None else self.restored.progress.get("ended", {})
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Adapter slots of the jobs of the saved plan."""
+        return {} if self.restored is None else self.restored.progress.get("slots", {})
+
+    @property
+    def change(self) -> dict[str, Any] | None:
+        """A change of plan that was being made (`lorafusion_jax.train.replan`)."""
+        return None if self.restored is None else self.restored.progress.get("change")
+
+    @property
+    def joining(self) -> tuple[str, ...]:
+        """Jobs that this change lets join; they are not in the saved plan."""
+        return () if self.change is None else tuple(self.change["added"])
+
+    @property
     def progress(self) -> dict[str, dict[str, Any]]:
         """Progress of each job."""
         return {} if self.restored is None else self.restored.progress["jobs"]

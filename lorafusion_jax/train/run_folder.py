@@ -87,6 +87,10 @@ class RunFolder:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
+    def write_plan(self, plan_json: str) -> None:
+        """Writes the plan: at the start, and when it has changed."""
+        write_text(self.path / "plan.json", plan_json)
+
     def write_start(self, config: RunConfig, plan_json: str, source: Path | None) -> None:
         """Writes the configuration, the environment and the plan.
 
@@ -101,7 +105,7 @@ class RunFolder:
             write_text(self.path / "config.yaml", source.read_text(encoding="utf-8"))
         write_text(self.path / "config.resolved.yaml", resolved_yaml(config))
         write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        write_text(self.path / "plan.json", plan_json)
+        self.write_plan(plan_json)
 
 
 def open_run(path: str | Path) -> RunFolder:

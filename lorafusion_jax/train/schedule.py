@@ -46,7 +46,7 @@ def make_schedule(
     tile: int,
     max_slots: int | None = None,
     done: Sequence[Microbatch] = (),
-    ended: Collection[str] = (),
+    ended: Mapping[str, int] | None = None,
     slots: Mapping[str, int] | None = None,
     distance: int = 1,
     width: int = 1,
@@ -63,7 +63,7 @@ def make_schedule(
         tile: padding multiple of a stretch.
         max_slots: slots there are; None for one per job.
         done: microbatches executed so far; they stay as they are.
-        ended: jobs that stopped early or were cancelled: `done` is all of them.
+        ended: jobs that stopped early or were cancelled, and from which microbatch on.
         slots: adapter slots of the jobs that have started; None is the lowest free one for each.
         distance: see `lorafusion_sched.Problem`; also the next three.
         width: microbatches per slot of the pipeline.
@@ -78,7 +78,7 @@ def make_schedule(
     """
     begun = {name for mb in done for name in (stretch.job for stretch in mb.stretches)}
     if max_slots is not None:  # more may be under way if there were more slots before
-        max_slots = max(max_slots, len(begun - set(ended)))
+        max_slots = max(max_slots, len(begun.difference(ended or ())))
     problem = Problem(
         jobs=tuple(jobs),
         capacities=tuple(sorted({*capacities, *(mb.capacity for mb in done)})),
@@ -90,7 +90,7 @@ def make_schedule(
         cost=cost or Cost(),
     )
     so_far = Plan(microbatches=tuple(done), tile=tile, distance=distance, width=width)
-    revision = replan(problem, so_far, len(done), ended={name: len(done) for name in ended})
+    revision = replan(problem, so_far, len(done), ended=ended)
     return _with_slots(revision.problem, revision.plan, slots or {})
 
 
@@ -98,9 +98,9 @@ def schedule_of(
     whole: Plan,
     jobs: Sequence[Job],
     *,
+    capacities: tuple[int, ...] = (),
     ended: Collection[str] = (),
     slots: Mapping[str, int] | None = None,
-    max_slots: int | None = None,
     clock: Clock = "1f1b",
     cost: Cost | None = None,
 ) -> Schedule:
@@ -109,9 +109,9 @@ def schedule_of(
     Args:
         whole: the plan.
         jobs: complete jobs.
+        capacities: microbatch sizes that a change of the plan may use beside its own.
         ended: jobs that stopped early or were cancelled: the plan may train less of them.
         slots: adapter slots of jobs, where they are not to be found anew.
-        max_slots: slots there are, for changes later on; None for one per job.
         clock: see `make_schedule`; also the next.
         cost: time of a microbatch.
 
@@ -123,11 +123,10 @@ def schedule_of(
         jobs=tuple(
             trained_part(job, past.get(job.name, {})) if job.name in ended else job for job in jobs
         ),
-        capacities=tuple(sorted({m.capacity for m in whole.microbatches})) or (whole.tile,),
+        capacities=tuple(sorted({*capacities, *(m.capacity for m in whole.microbatches)})),
         tile=whole.tile,
         distance=whole.distance,
         width=whole.width,
-        max_active=max_slots,
         clock=clock,
         cost=cost or Cost(),
     )

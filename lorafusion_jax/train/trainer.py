@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -173,14 +173,15 @@ class MultiTrainer:
             with RunWriter(folder, config.report.every, saved.cursor) as writer:
                 listener = _fan_out(writer, self._listener)
                 run = prepare_run(self._base, config, jobs, folder, schedule, saved, listener)
-                run.compile_ahead()
-                run.evaluate_base()
-                while not run.finished:
-                    run.run_microbatch()
-                    if signals.received is not None:
-                        run.save()
-                        raise StoppedError(_how_to_go_on(run), signals.received)
-                run.save()
+                with closing(run):
+                    run.compile_ahead()
+                    run.evaluate_base()
+                    while not run.finished:
+                        run.run_microbatch()
+                        if signals.received is not None:
+                            run.save()
+                            raise StoppedError(_how_to_go_on(run), signals.received)
+                    run.save()
                 listener(RunEnded(time.perf_counter() - start, run.tokens, _peak_bytes()))
             write_summary(folder, jobs, run.progress)
         return collect_results(folder, run.progress)
@@ -192,16 +193,26 @@ class MultiTrainer:
 
     def _schedule(self, config: RunConfig, jobs: Sequence[TrainJob], saved: Saved) -> Schedule:
         batching, plans = config.batching, [job.plan for job in jobs]
+        limit = batching.tokens_per_microbatch
+        tile = tile_rows(batching) if saved.plan is None else saved.plan.tile
+        capacities = batching.capacities or (capacity_that_fills(plans, limit, tile),)
         # Another plan of the rest would add up the same gradients in another order.
         if saved.plan is not None and not saved.joined:
-            return schedule_of(saved.plan, plans)
-        tile, done = tile_rows(batching), ()
-        if saved.plan is not None:
-            tile, done = saved.plan.tile, saved.plan.microbatches[: saved.cursor]
-        limit = batching.tokens_per_microbatch
-        capacities = batching.capacities or (capacity_that_fills(plans, limit, tile),)
+            return schedule_of(
+                saved.plan,
+                [job for job in plans if job.name not in saved.joining],
+                capacities=capacities,
+                ended=saved.ended,
+                slots=saved.slots,
+            )
         return make_schedule(
-            plans, capacities=capacities, tile=tile, max_slots=self._slots, done=done
+            plans,
+            capacities=capacities,
+            tile=tile,
+            max_slots=self._slots,
+            done=() if saved.plan is None else saved.plan.microbatches[: saved.cursor],
+            ended=saved.ended,
+            slots=saved.slots,
         )
 
 

@@ -104,7 +104,7 @@ def test_jobs_end_and_join_in_a_running_schedule(lengths, data):
         if job.name in after.slot and before.first[job.name] < min([cursor, *ended.values()]):
             assert after.slot[job.name] == before.slot[job.name]
     reread = schedule_of(
-        after.plan, [*jobs, *added], ended=ended, slots=after.slot, max_slots=len(jobs)
+        after.plan, [*jobs, *added], capacities=(64,), ended=ended, slots=after.slot
     )
     assert reread.plan == after.plan and reread.slot == after.slot
     assert [(j.name, j.batches, j.unfinished) for j in reread.problem.jobs] == [
