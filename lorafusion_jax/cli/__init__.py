@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 import typer
 
-from lorafusion_jax.cli import adapters, ask, export, prepare, project, status, training
+from lorafusion_jax.cli import (
+    adapters,
+    ask,
+    export,
+    prepare,
+    project,
+    report,
+    status,
+    training,
+)
 from lorafusion_jax.errors import LoraFusionError, ResourceError
 
 app = typer.Typer(
@@ -18,7 +27,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _module in (project, prepare, training, status, ask, export, adapters):
+for _module in (
+    project,
+    prepare,
+    training,
+    status,
+    report,
+    ask,
+    export,
+    adapters,
+):
     _module.register(app)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

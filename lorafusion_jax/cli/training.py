@@ -44,6 +44,7 @@ def train(
     from lorafusion_jax.cli.session import device_line, start_jax
     from lorafusion_jax.cli.status import draw
     from lorafusion_jax.models import load_base
+    from lorafusion_jax.report import write_report
     from lorafusion_jax.train.trainer import trainer_from_config
 
     start_jax()
@@ -57,11 +58,12 @@ def train(
     answered = {name: results.folder.job(name) / "samples.md" for name in results}
     if samples and not (progress.resumed_at_end and any(p.exists() for p in answered.values())):
         write_samples(results.folder, base, rows=samples)
+    report = write_report(results.folder)
     for path in answered.values():
         if samples and path.exists():
             print("\n" + path.read_text(encoding="utf-8"), end="")
     print(f"\nadapters {results.folder.path}/jobs/*/adapter")
-    print(f"report   {results.folder.path}/summary.md, loss.png, utilisation.png")
+    print(f"report   {report} (open it in a browser), summary.md, loss.png, utilisation.png")
     print(f'try      lorafusion generate {results.folder.path} --base --prompt "..."')
     print(f"serve    lorafusion export {results.folder.path} --verify")
 

@@ -3,7 +3,7 @@
     config.yaml  config.resolved.yaml  environment.json  plan.json  train.log  events.jsonl
     jobs/NAME/{metrics.jsonl, adapter/, adapter_last/}
     checkpoints/STEP/    the state of all jobs together
-    summary.md
+    summary.md  report.html  loss.png  utilisation.png
 
 `adapter/` is the best by held-out loss, or the last where nothing is held out; `adapter_last/` is
 the last.
@@ -36,6 +36,7 @@ _CONTENTS = (
     "summary.md",
     "loss.png",
     "utilisation.png",
+    "report.html",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 

@@ -155,6 +155,14 @@ def make_project(tiny_model):
     return lambda folder: write_project(folder, tiny_model)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, make_project):
+    """Returns (configuration, run folder) of three adapters trained by the command."""
+    config = make_project(tmp_path_factory.mktemp("project"))
+    assert main(["train", str(config), "--plain", "--samples", "1"]) == 0
+    return config, config.parent / "run"
+
+
 @pytest.fixture
 def project(tmp_path, make_project) -> Path:
     """Returns the configuration of a fresh project of three tiny jobs."""

@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax import cli
 from lorafusion_jax.cli import answers, export
 from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.models import load_base
 from lorafusion_jax.train.run_folder import open_run
 
 JOBS = ("numbers", "chat", "plain")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, make_project):
-    """Returns (configuration, run folder) of three adapters trained by the command."""
-    config = make_project(tmp_path_factory.mktemp("project"))
-    assert cli.main(["train", str(config), "--plain", "--samples", "1"]) == 0
-    return config, config.parent / "run"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +28,7 @@ def test_output_has_the_documented_layout(trained):
     expected = {
         *("config.yaml", "config.resolved.yaml", "environment.json", "plan.json", "train.log"),
         *("events.jsonl", "summary.md", "loss.png", "utilisation.png"),
+        "report.html",
         *(f"jobs/{job}/{name}" for job in JOBS for name in ("metrics.jsonl", "loss.png")),
         *(f"jobs/{job}/adapter/adapter_model.safetensors" for job in JOBS),
         *("jobs/numbers/samples.md", "jobs/chat/samples.md"),  # plain text asks for nothing

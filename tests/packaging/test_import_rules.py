@@ -23,7 +23,7 @@ LAYERS = (
     {"errors", "config"},
     {"data", "models", "lora", "generate", "plots"},
     {"train", "parallel"},
-    {"cli", "bench"},
+    {"cli", "bench", "report"},
 )
 
 
