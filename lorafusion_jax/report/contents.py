@@ -95,12 +95,12 @@ def _jobs(
 ) -> Element:
     headings = ["job", "r", "steps", "loss", "held out: base", "best", "last"]
     headings += ["exact: base", "last", "rejected", "state"]
-    rows: list[list[Child]] = []
+    rows: list[Sequence[Child]] = []
     for name, job in folder.jobs.items():
         line = job_line(metrics[name], events, name)
         held_out = [m for m in metrics[name] if m.get("eval_loss") is not None]
         trained = [m["eval_loss"] for m in held_out if m["step"]]
-        base = next((m for m in held_out if not m["step"]), None)
+        base = next((m for m in held_out if not m["step"]), {})
         rejected = sum(m.get("applied") is False for m in metrics[name])
         rows.append(
             [
@@ -108,10 +108,10 @@ def _jobs(
                 str(job.lora.r),
                 f"{line.step}/{line.total}",
                 number(line.loss, ".4f"),
-                number(base and base["eval_loss"], ".4f"),
+                number(base.get("eval_loss"), ".4f"),
                 number(min(trained, default=None), ".4f"),
                 number(trained[-1] if trained else None, ".4f"),
-                number(base and base.get("exact_match"), ".0%"),
+                number(base.get("exact_match"), ".0%"),
                 number(held_out[-1].get("exact_match") if trained else None, ".0%"),
                 str(rejected),
                 line.note or "training",

@@ -5,6 +5,7 @@ no way to put ready-made markup into a tree, and the page forbids scripts and ev
 """
 
 import re
+from collections.abc import Sequence
 from xml.etree.ElementTree import Element, tostring
 
 type Child = Element | str | None
@@ -59,7 +60,7 @@ def _clean(text: str) -> str:
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def table(headings: list[str], rows: list[list[Child]]) -> Element:
+def table(headings: list[str], rows: Sequence[Sequence[Child]]) -> Element:
     """Returns a table in a frame that scrolls; all but the first column are set flush right."""
     head = el("tr", *(el("th", heading, scope="col") for heading in headings))
     body = [el("tr", *(el("td", cell) for cell in row)) for row in rows]
@@ -93,7 +94,7 @@ def picture(svg: Element) -> str:
     return tostring(svg, encoding="unicode") + "\n"
 
 
-def _palette(colors: list[str]) -> str:
+def _palette(colors: Sequence[str]) -> str:
     return "".join(f"--c{i}:{color};" for i, color in enumerate(colors))
 
 
