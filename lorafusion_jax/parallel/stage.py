@@ -132,13 +132,15 @@ class StageModel:
         hidden = jax.ShapeDtypeStruct((*batch.tokens.shape, self.config.hidden_size), self.dtype)
         weights = [layer_shapes(self.config, self.dtype)] * self.places
 
-        def keep(x, weights, batch, bank):
+        first_layer = jax.ShapeDtypeStruct((), jnp.int32)
+
+        def keep(x, weights, batch, bank, first_layer):
             adapters, inputs = {"a": bank.a, "b": bank.b}, self.inputs(batch, bank, train=True)
-            return self.forward_saving(x, adapters, weights, inputs, jnp.int32(0))[1]
+            return self.forward_saving(x, adapters, weights, inputs, first_layer)[1]
 
         if self.residuals == "recompute":
             return hidden, []
-        return hidden, jax.eval_shape(keep, hidden, weights, batch, bank)
+        return hidden, jax.eval_shape(keep, hidden, weights, batch, bank, first_layer)
 
     def _vjp(self, *args) -> tuple[Array, Any]:
         def forward(*args):

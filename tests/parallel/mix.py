@@ -1,7 +1,7 @@
 """A tiny mix of heterogeneous jobs, trained on one device or on a mesh."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from lorafusion_jax.parallel.stage import StageModel
 from lorafusion_jax.parallel.state import StreamState, bank_shapes
 from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
 from lorafusion_jax.parallel.weights import Frozen, place_base
-from lorafusion_jax.train.batch import JobRows, pack, segment_bucket
+from lorafusion_jax.train.batch import JobRows, pack
 from lorafusion_jax.train.optimizer import OPTIMIZERS, SCHEDULES, Hyper
 from lorafusion_jax.train.step import Model, TrainState, init_state, train_step, update_step
 from lorafusion_sched import Microbatch, Plan, Problem, job_from_lengths, plan
@@ -35,6 +35,8 @@ CONFIG = ModelConfig(
     tie_word_embeddings=True,
 )
 CAPACITY, TILE = 64, 16
+SEGMENTS = 16
+TICKS = 8  # of a call
 OPTIMIZER_NAMES = ("adamw", "sgd")
 
 
@@ -52,7 +54,15 @@ class TinyJob:
 
 
 JOBS = (
-    TinyJob("a", LoraSpec(r=4, alpha=8, dropout=0.1), (9, 21, 14, 30, 8), 2, "adamw", 3e-3, 1e9),
+    TinyJob(
+        "a",
+        LoraSpec(r=4, alpha=8, dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj")),
+        (9, 21, 14, 30, 8),
+        2,
+        "adamw",
+        3e-3,
+        1e9,
+    ),
     TinyJob(
         "b",
         LoraSpec(r=2, alpha=2, target_modules=("q_proj", "v_proj")),
@@ -62,9 +72,23 @@ JOBS = (
         1e-2,
         0.05,
     ),
-    TinyJob("c", LoraSpec(r=3, alpha=6, dropout=0.5), (20, 11, 29), 1, "adamw", 2e-3, 0.3),
     TinyJob(
-        "d", LoraSpec(r=1, alpha=4, target_modules="all-linear"), (60, 50, 7), 3, "sgd", 3e-2, 1.0
+        "c",
+        LoraSpec(r=3, alpha=6, dropout=0.5, target_modules=("up_proj", "down_proj")),
+        (20, 11, 29),
+        1,
+        "adamw",
+        2e-3,
+        0.3,
+    ),
+    TinyJob(
+        "d",
+        LoraSpec(r=1, alpha=4, target_modules=("q_proj", "up_proj")),
+        (60, 50, 7),
+        3,
+        "sgd",
+        3e-2,
+        1.0,
     ),
 )
 
@@ -159,35 +183,38 @@ def first_state(base, mix: Mix) -> tuple[object, object, TrainState]:
         targets = target_paths(base.model, job.spec)
         bank = write_slot(bank, slot, job.spec, job_seed(0, job.name), targets)
         for i, path in enumerate(targets):
-            key = jax.random.fold_in(jax.random.key(slot), i)
-            size = (job.spec.r, bank.b[path].shape[2])
-            new = 0.05 * jax.random.normal(key, size)
-            bank.b[path] = bank.b[path].at[slot, : job.spec.r].set(new)
+            rng = np.random.default_rng([slot, i])
+            whole = np.array(bank.b[path])
+            whole[slot, : job.spec.r] = 0.05 * rng.standard_normal(whole[slot, : job.spec.r].shape)
+            bank.b[path] = jnp.asarray(whole)
     return graphdef, frozen, init_state(bank, OPTIMIZER_NAMES)
+
+
+@cache
+def _programs(model: Model):
+    """Compiled once per dtype."""
+    return jax.jit(partial(train_step, model)), jax.jit(update_step)
 
 
 def train_one_device(base, mix: Mix, whole: Plan, widen=lambda tree: tree):
     """Trains a plan with the one-device step, in the dtype that `widen` gives all floats."""
     graphdef, frozen, state = first_state(base, mix)
-    model = Model(graphdef, "none", 32)
-    step, update = jax.jit(partial(train_step, model)), jax.jit(update_step)
+    step, update = _programs(Model(graphdef, "none", 32))
     frozen, state, rows, hyper = widen(frozen), widen(state), mix.rows(), widen(mix.hyper())
-    segments = segment_bucket(whole.microbatches)
-    first, reports = None, []
+    reports = []
     for start in range(0, len(whole.microbatches), whole.width):
         ended = np.zeros(len(mix.jobs), np.bool_)
         for microbatch in whole.microbatches[start : start + whole.width]:
             if microbatch.stretches:
                 batch, _ = pack(
-                    microbatch, rows, tile=TILE, num_slots=len(mix.jobs), max_segments=segments
+                    microbatch, rows, tile=TILE, num_slots=len(mix.jobs), max_segments=SEGMENTS
                 )
                 state, _ = step(state, frozen, widen(batch))
                 ended |= batch.batch_end
-        first = jax.device_get(state.grads) if first is None else first
         if ended.any():
             state, report = update(state, hyper, ended)
             reports.append((ended, jax.device_get(report)))
-    return jax.device_get(state), first, reports
+    return jax.device_get(state), reports
 
 
 @dataclass
@@ -203,7 +230,6 @@ class OnMesh:
     remat: str = "none"
     layers: tuple[int, ...] | None = None
     axis_kind: str = "auto"
-    segments: int = 16
 
     def __post_init__(self):
         config = self.base.config
@@ -232,18 +258,25 @@ class OnMesh:
         return plan(self.mix.problem(distance=distance, width=self.data, clock="1f1b"))
 
     def slots(self, whole: Plan) -> list[Slot]:
+        """Slots of a plan of this width; a plan of width 1 feeds the ranks in turn."""
         rows = self.mix.rows()
-        return [
-            pack_slot(
-                whole.microbatches[i : i + self.data],
-                rows,
-                capacity=CAPACITY,
-                tile=TILE,
-                num_slots=len(self.mix.jobs),
-                max_segments=self.segments,
+        none = Microbatch((), CAPACITY)
+        found = []
+        for i in range(0, len(whole.microbatches), whole.width):
+            ranks = list(whole.microbatches[i : i + whole.width])
+            if whole.width == 1 < self.data:
+                ranks = [ranks[0] if i % self.data == rank else none for rank in range(self.data)]
+            found.append(
+                pack_slot(
+                    ranks,
+                    rows,
+                    capacity=CAPACITY,
+                    tile=TILE,
+                    num_slots=len(self.mix.jobs),
+                    max_segments=SEGMENTS,
+                )
             )
-            for i in range(0, len(whole.microbatches), self.data)
-        ]
+        return found
 
     def zero_state(self) -> StreamState:
         linears = multi_linears(self.base.model)
@@ -253,7 +286,7 @@ class OnMesh:
             widths[place] = (linears[path].in_features, linears[path].out_features)
         slots, r_max = len(self.mix.jobs), max(job.spec.r for job in self.mix.jobs)
         (batch, _) = pack(
-            Microbatch((), CAPACITY), {}, tile=TILE, num_slots=slots, max_segments=self.segments
+            Microbatch((), CAPACITY), {}, tile=TILE, num_slots=slots, max_segments=SEGMENTS
         )
         return self.pipeline.empty_state(batch, bank_shapes(widths, slots, r_max), OPTIMIZER_NAMES)
 
@@ -261,11 +294,10 @@ class OnMesh:
         versions = np.zeros(len(self.mix.jobs), np.int32) if versions is None else versions
         return from_one_device(saved, self.zero_state(), self.names, self.mesh, versions)
 
-    def run(self, state: StreamState, slots: list[Slot], ticks: int | None = None):
+    def run(self, state: StreamState, slots: list[Slot], ticks: int = TICKS):
         """Feeds all slots and drains; returns the state, the reports, and the stale counts."""
         lag, stream = self.pipeline.lag, len(slots)
         total = stream + lag + 1
-        ticks = ticks or total
         none = empty_slot(slots[0])
         hyper = self.mix.hyper()
         reports = []
@@ -282,6 +314,25 @@ class OnMesh:
 
     def finish(self, state: StreamState) -> TrainState:
         return to_one_device(state, self.names, self.mesh)
+
+
+def first_batches(whole: Plan) -> Plan:
+    """The plan without anything but each job's first global batch, and that without its end."""
+    microbatches = [
+        replace(m, stretches=tuple(replace(s, ends=False) for s in m.stretches if s.batch == 0))
+        for m in whole.microbatches
+    ]
+    return replace(whole, microbatches=tuple(microbatches))
+
+
+def unfinished_near(whole: Plan, position: int) -> int:
+    """The next position at which some job is in the middle of a global batch."""
+    ended = {}
+    for i, microbatch in enumerate(whole.microbatches):
+        if i >= position and not all(ended.values()):
+            return i
+        ended |= {stretch.job: stretch.ends for stretch in microbatch.stretches}
+    raise AssertionError("no global batch is cut anywhere")
 
 
 def noop_positions(whole: Plan) -> int:
