@@ -70,12 +70,14 @@ def outline_base(path: str, dtype: "Dtype") -> "Base":
 
     from lorafusion_jax.models import Base, Decoder, ModelConfig, load_base
     from lorafusion_jax.models.gguf_weights import read_gguf
+    from lorafusion_jax.models.hub import hub_id, local_model
     from lorafusion_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
 
-    where = Path(path)
+    hub, where = hub_id(path), local_model(path)
     if (where / "config.json").is_file():
         config = ModelConfig.from_hf(json.loads((where / "config.json").read_text("utf-8")))
-        name, tokenizer = where.resolve().name, partial(load_tokenizer, where)
+        name = where.resolve().name if hub is None else hub.repo
+        tokenizer = partial(load_tokenizer, where)
     elif where.suffix == ".gguf" and where.is_file():
         config, _, metadata = read_gguf(where)
         name, tokenizer = (

@@ -298,5 +298,8 @@ def _anchor_paths(config: RunConfig, folder: Path) -> RunConfig:
         if lora.init_from is not None:
             lora = changed(lora, init_from=anchored(lora.init_from))
         jobs.append(changed(job, data=data, eval=held_out, lora=lora))
-    base = changed(config.base, model=anchored(config.base.model))
+    model = config.base.model
+    if not model.startswith("hf://"):
+        model = anchored(model)
+    base = changed(config.base, model=model)
     return changed(config, base=base, output=anchored(config.output), jobs=tuple(jobs))

@@ -26,7 +26,8 @@ class BaseModelConfig(Section):
     """The frozen base model.
 
     Attributes:
-        model: Hugging Face model directory or `.gguf` file.
+        model: Hugging Face model directory, `.gguf` file, or hf://org/name (with @revision behind
+            it if wanted) to download it from the hub.
         dtype: type the frozen weights are kept and multiplied in.
     """
 

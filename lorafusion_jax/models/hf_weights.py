@@ -16,6 +16,7 @@ from lorafusion_jax.errors import ModelError
 from lorafusion_jax.models.config import ModelConfig, token_ids
 from lorafusion_jax.models.decoder import Decoder
 from lorafusion_jax.models.gguf_weights import read_gguf
+from lorafusion_jax.models.hub import hub_id, local_model
 from lorafusion_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
 from lorafusion_jax.models.weights import LazyTensor, build_decoder, random_decoder
 
@@ -37,8 +38,8 @@ class Base:
     Attributes:
         model: the decoder.
         config: its shape.
-        path: where it was loaded from; "" for a random one.
-        name: what adapters call their base.
+        path: where it was loaded from, a path or a hub id; "" for a random one.
+        name: what to call it.
         make_tokenizer: builds the tokenizer; None if the model has none.
     """
 
@@ -47,6 +48,11 @@ class Base:
     path: str
     name: str
     make_tokenizer: Callable[[], "PreTrainedTokenizerFast"] | None = None
+
+    @property
+    def reference(self) -> str:
+        """What adapters call their base: its path, or its name on the hub."""
+        return self.name if hub_id(self.path) else self.path or self.name
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
@@ -57,11 +63,11 @@ class Base:
 
 
 def load_base(path: str | Path, dtype: Dtype = "float32") -> Base:
-    """Loads a Llama-family model from a Hugging Face directory or a GGUF file.
+    """Loads a model from a Hugging Face directory, a GGUF file or the hub.
 
     Args:
-        path: directory with config.json, safetensors (sharded or not) and tokenizer.json, or a
-            .gguf file.
+        path: directory with config.json, safetensors (sharded or not) and tokenizer.json; a
+            .gguf file; or hf://org/name to download it, with @revision behind it if wanted.
         dtype: dtype of weights and activations.
 
     Returns:
@@ -72,6 +78,9 @@ def load_base(path: str | Path, dtype: Dtype = "float32") -> Base:
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is not supported: expected one of {list(_DTYPES)}")
+    if (hub := hub_id(path)) is not None:
+        base = _load_directory(local_model(path), dtype)
+        return replace(base, path=str(path), name=hub.repo)
     path = Path(path)
     if path.is_dir():
         return _load_directory(path, dtype)
@@ -85,8 +94,8 @@ def load_base(path: str | Path, dtype: Dtype = "float32") -> Base:
             partial(gguf_tokenizer, metadata, str(path)),
         )
     raise ModelError(
-        f"{path}: no such model: expected a Hugging Face directory or a .gguf file; download a "
-        "model first, for example with `hf download NAME --local-dir DIRECTORY`"
+        f"{path}: no such model: expected a Hugging Face directory, a .gguf file, or hf://ORG/NAME "
+        "for a model to be downloaded from the hub"
     )
 
 

@@ -83,7 +83,7 @@ class Run:
             self.listener,
             lambda: self.cursor,
         )
-        name = self.base.path or self.base.name
+        name = self.base.reference
         self._delivery = Delivery(self.evaluator, name, self.folder, self.progress, self.listener)
         self._load_hyper()
 
