@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "targets: install demo test test-all test-wheel test-gpu lint format types bench-% readme clean"
+	@echo "targets: install demo test test-all test-wheel test-gpu scoreboard lint format types bench-% readme clean"
 
 install: $(READY)
 
@@ -63,6 +63,14 @@ test-wheel: $(READY)
 test-gpu: $(READY)
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu
 
+# Every scenario of docs/reliability.md; QUICK=1 leaves out the slow ones and writes nothing.
+scoreboard: $(READY)
+	$(PY) -m tests.reliability.scoreboard $(if $(QUICK),--quick)
+
+# The scenarios that need a GPU, into docs/results/<device>/reliability.json.
+scoreboard-gpu: $(READY)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m tests.reliability.scoreboard --gpu
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -83,4 +91,4 @@ readme: $(READY)
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo-model demo test test-all test-wheel test-gpu lint format types readme clean
+.PHONY: help install demo-model demo test test-all test-wheel test-gpu scoreboard scoreboard-gpu lint format types readme clean

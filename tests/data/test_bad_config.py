@@ -98,6 +98,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.scenario("F3", "F4")
 def test_broken_yaml(name, tmp_path):
     old, new, fragments = BROKEN[name]
     assert old in GOOD
@@ -120,6 +121,7 @@ def _expect(file, fragments, overrides=()):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.scenario("F3")
 def test_the_good_one_is_good(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(GOOD)
@@ -143,6 +145,7 @@ def test_the_good_one_is_good(tmp_path):
         ("jobs.sql.lora=3", "got 3, expected a section with keys"),
     ],
 )
+@pytest.mark.scenario("F3")
 def test_broken_overrides(override, fragment, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(GOOD)
@@ -157,6 +160,7 @@ def test_broken_overrides(override, fragment, tmp_path):
         (b"[" * 200_000, "nested deeper than 20"),
     ],
 )
+@pytest.mark.scenario("F3")
 def test_broken_bytes(content, fragment, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_bytes(content)
@@ -173,6 +177,7 @@ def test_broken_bytes(content, fragment, tmp_path):
         ("output = 'x'\nseed = inf\n[base]\nmodel='m'\n[[jobs]]\nname='a'", "seed"),
     ],
 )
+@pytest.mark.scenario("F3")
 def test_broken_toml(content, fragment, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(content)

@@ -174,6 +174,7 @@ def test_the_given_dict_is_not_changed():
         ("base.model=moved", "base.model", "path"),
     ],
 )
+@pytest.mark.scenario("A9")
 def test_diff_says_what_a_resume_may_change(path, override, key, kind):
     old, new = load_config(path), load_config(path, [override])
     assert config_diff(old, old) == []
@@ -182,6 +183,7 @@ def test_diff_says_what_a_resume_may_change(path, override, key, kind):
     assert str(change).startswith(f"{key}: ") and " -> " in str(change)
 
 
+@pytest.mark.scenario("A9")
 def test_diff_of_jobs(path):
     both = load_config(path)
     one = both.model_copy(update={"jobs": both.jobs[:1]})
@@ -191,6 +193,7 @@ def test_diff_of_jobs(path):
     assert config_diff(both, swapped) == []
 
 
+@pytest.mark.scenario("F3")
 def test_all_problems_are_listed_at_once_in_file_order(path):
     path.write_text(
         YAML.replace("r: 16", "rank: 16").replace("epochs: 2", "epochs: 0") + "sweep: 1\n"

@@ -41,6 +41,7 @@ def _damaged(content: bytes, choice: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize(("good", "suffix"), [(GOOD.encode(), ".yaml")])
+@pytest.mark.scenario("F3")
 def test_configurations(good, suffix, tmp_path):
     choice, file, refused = random.Random(1), tmp_path / f"run{suffix}", 0
     for _ in range(500):
@@ -53,6 +54,7 @@ def test_configurations(good, suffix, tmp_path):
     assert refused > 250
 
 
+@pytest.mark.scenario("F1")
 def test_data_files(tmp_path):
     choice, file, refused = random.Random(2), tmp_path / "data.jsonl", 0
     for number in range(1500):

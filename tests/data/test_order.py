@@ -9,6 +9,7 @@ from lorafusion_jax.data import batch_order, split_eval
 from lorafusion_jax.errors import DataError
 
 
+@pytest.mark.scenario("B4")
 def test_order_is_frozen():
     """These numbers must never change: a resumed run relies on them."""
     assert batch_order(0, "sql", 0, 8).tolist() == [7, 5, 1, 6, 2, 0, 4, 3]
@@ -17,11 +18,13 @@ def test_order_is_frozen():
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 1000])
+@pytest.mark.scenario("B4")
 def test_order_is_a_permutation(size):
     order = batch_order(3, "job", 5, size)
     assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(size))
 
 
+@pytest.mark.scenario("B4")
 def test_order_depends_on_everything_and_nothing_else():
     keys = itertools.product((0, 1, 2**62), ("a", "b"), (0, 1, 10))
     orders = {key: tuple(batch_order(*key, 50).tolist()) for key in keys}

@@ -58,6 +58,7 @@ def test_chat_roles_and_trailing_turns():
     )
 
 
+@pytest.mark.scenario("F1")
 def test_tolerated_bytes(tmp_path):
     """Byte order mark, CRLF, blank lines, no final newline; line numbers count them all."""
     row = ROW.strip()
@@ -115,6 +116,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.scenario("F1")
 def test_refused(name, tmp_path):
     content, where, fragment = BAD[name]
     file = _write(tmp_path, content)
@@ -128,6 +130,7 @@ def test_refused(name, tmp_path):
         assert caught.value.line == 2
 
 
+@pytest.mark.scenario("F1")
 def test_a_huge_line_is_refused_in_bounded_memory(tmp_path):
     file = tmp_path / "data.jsonl"
     with file.open("wb") as out:

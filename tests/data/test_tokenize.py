@@ -175,6 +175,7 @@ def _lengths(tokenizer, max_length, overlong, rows=ROWS):
     return dataset, dataset.lengths.tolist()
 
 
+@pytest.mark.scenario("F2")
 def test_overlong(tokenizer):
     everything, lengths = _lengths(tokenizer, 1000, "error")
     assert lengths == sorted(lengths) and (everything.truncated, everything.dropped) == (0, 0)
@@ -192,6 +193,7 @@ def test_overlong(tokenizer):
         _lengths(tokenizer, 2, "truncate")
 
 
+@pytest.mark.scenario("F2")
 def test_a_row_with_nothing_to_learn_is_refused(tokenizer):
     tokenizer_without_answer = tiny_tokenizer("{{ messages[0]['content'] }}")
     with pytest.raises(DataError, match=r"data:1: .*(no token to learn|located)"):
@@ -200,6 +202,7 @@ def test_a_row_with_nothing_to_learn_is_refused(tokenizer):
         )
 
 
+@pytest.mark.scenario("F2")
 def test_token_ids_must_fit_the_model(tokenizer):
     records = records_from_rows(ROWS)
     largest = int(tokenize_dataset(records, tokenizer, max_length=999).tokens.max())

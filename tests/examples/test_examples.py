@@ -16,6 +16,7 @@ def example(monkeypatch, tmp_path):
     return importlib.import_module
 
 
+@pytest.mark.scenario("G9")
 def test_train_two_adapters(example, tmp_path, capsys):
     losses = example("train_two_adapters").main(["--steps", "12", "--output", str(tmp_path / "r")])
     assert set(losses) == {"upper", "length"}
@@ -24,12 +25,14 @@ def test_train_two_adapters(example, tmp_path, capsys):
     assert "held-out loss" in capsys.readouterr().out
 
 
+@pytest.mark.scenario("G9")
 def test_together_vs_alone(example):
     differences = example("together_vs_alone").main(["--steps", "3"])
     assert set(differences) == {"squares", "colours"}
     assert all(0 <= difference < 1e-4 for difference in differences.values())
 
 
+@pytest.mark.scenario("G9")
 def test_your_own_model(example, tmp_path):
     before, after = example("your_own_model").main(
         ["--steps", "40", "--output", str(tmp_path / "a")]
@@ -37,6 +40,7 @@ def test_your_own_model(example, tmp_path):
     assert after < 0.6 * before
 
 
+@pytest.mark.scenario("G9")
 def test_export_to_peft(example, tmp_path, capsys):
     folder = example("export_to_peft").main([str(tmp_path / "peft"), "--steps", "2"])
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -46,6 +50,7 @@ def test_export_to_peft(example, tmp_path, capsys):
     assert "byte for byte the same" in capsys.readouterr().out
 
 
+@pytest.mark.scenario("G9")
 def test_every_example_is_tested():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"tiny_base"}
     assert {f"test_{script}" for script in scripts} <= set(globals())

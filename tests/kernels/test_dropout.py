@@ -17,6 +17,7 @@ def _keys(rows, job="a job", epoch=0):
 
 
 @pytest.mark.parametrize("columns", [8, 64, 200])
+@pytest.mark.scenario("B7")
 def test_mask_bits_follow_the_definition(columns):
     keys, rates = _keys(12), jnp.asarray([0.0, 0.05, 0.5] * 4, jnp.float32)
     mask = np.asarray(keep_mask(keys, SITE, rates, columns))
@@ -25,6 +26,7 @@ def test_mask_bits_follow_the_definition(columns):
         np.testing.assert_array_equal(mask[t], expected)
 
 
+@pytest.mark.scenario("B7")
 def test_mask_of_a_row_depends_on_nothing_but_key_site_rate_and_column():
     keys, rates = _keys(64), jnp.full((64,), 0.1)
     whole = keep_mask(keys, SITE, rates, 256)

@@ -65,10 +65,12 @@ def _assert_accurate(p):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.scenario("D1")
 def test_as_accurate_as_xla(shape):
     _assert_accurate(_problem(**shape))
 
 
+@pytest.mark.scenario("D1")
 def test_the_comparison_sees_a_planted_mistake(monkeypatch):
     p = _problem(**SHAPES["plain"])
     right = spec.keep_scale
@@ -84,6 +86,7 @@ def _same_bits(one, other):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
+@pytest.mark.scenario("B6")
 def test_two_hundred_repetitions_give_the_same_bits():
     p = _problem(
         tiles=tuple(np.random.default_rng(0).integers(-1, 4, 16)), tile_rows=128, k=2048,
@@ -109,6 +112,7 @@ def _poison(p, rows, value):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.scenario("D3")
 def test_padding_rows_contribute_nothing_even_if_they_hold_nan(rate):
     padding = (0, 63, 64, 127, 200, 511)
     p = _problem(
@@ -125,6 +129,7 @@ def test_padding_rows_contribute_nothing_even_if_they_hold_nan(rate):
     _same_bits(clean.dx[rows], nan.dx[rows])
 
 
+@pytest.mark.scenario("C3")
 def test_nan_of_one_adapter_changes_no_bit_of_another():
     p = _problem(tiles=(0, 1, -1, 1), tile_rows=128, k=512, ns=(256,), rank=16)
     broken = _poison(p, range(128), np.nan)._replace(
@@ -136,6 +141,7 @@ def test_nan_of_one_adapter_changes_no_bit_of_another():
     assert np.isnan(np.asarray(nan.da[0][0])).any()
 
 
+@pytest.mark.scenario("B7")
 def test_mask_bits_are_those_of_the_definition():
     p = _problem(tiles=(0, 1), tile_rows=128, k=256, ns=(64,), rank=64, rates=(0.25, 0.5))
     rate = jnp.repeat(p.routing.rate, 128)
@@ -179,6 +185,7 @@ def test_gradients_agree_with_finite_differences(wrt):
     assert abs(float(sum(jax.tree.leaves(dots))) - numeric) < 0.02 * max(scale, abs(numeric))
 
 
+@pytest.mark.scenario("D11")
 def test_jit_scan_remat_grad_and_vmap():
     p = _problem(tiles=(0, 1), tile_rows=128, k=256, ns=(256,), rank=16)
     sites = jnp.arange(3, dtype=jnp.uint32)[:, None]
@@ -206,6 +213,7 @@ def test_jit_scan_remat_grad_and_vmap():
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.scenario("D11")
 def test_gradients_inside_shard_map(kind):
     p = _problem(tiles=(0, 1), tile_rows=128, k=256, ns=(256,), rank=16)
     mesh = jax.make_mesh((1,), ("d",), axis_types=(getattr(jax.sharding.AxisType, kind),))

@@ -41,11 +41,13 @@ def _passes(body: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.scenario("D4")
 def test_one_tile_of_one_adapter():
     _passes("check(tiles=(0,), k=64, ns=(64,), rank=8, rates=(0.25,), scales=(2.0,))")
 
 
 @pytest.mark.slow
+@pytest.mark.scenario("D1")
 def test_adapters_padding_bias_and_grouped_projections():
     _passes("""
         check(
@@ -61,6 +63,7 @@ def test_rank_above_64_and_few_rows_split_over_columns():
 
 
 @pytest.mark.slow
+@pytest.mark.scenario("D3")
 def test_nan_in_padding_rows_goes_nowhere():
     _passes("""
         p, clean = check(tiles=(0, 1), k=64, ns=(64,), rank=8, padding=(0, 64, 200))
@@ -78,6 +81,7 @@ def test_nan_in_padding_rows_goes_nowhere():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["take", "fill"])
+@pytest.mark.scenario("D4")
 def test_a_missing_wait_is_caught(broken):
     """A ring whose consumers, or whose producer, do not wait must not pass."""
     remove = {

@@ -63,6 +63,7 @@ QUICK = ("single", "grouped, rank 24", "rank 200", "few rows")
         for name, case in CASES.items()
     ],
 )
+@pytest.mark.scenario("D10")
 def test_lowers_for_hopper(case):
     text = _lower(*_arguments(*case))
     kernels = ("lora_down", "lora_base_up", "lora_grad_up", "lora_grad_down", "lora_dx")
@@ -85,6 +86,7 @@ def test_says_what_it_cannot_do(change, reason):
         _lower(*_arguments(**case))
 
 
+@pytest.mark.scenario("D9")
 def test_needs_hopper_and_half_precision_and_tiles_of_128():
     arguments = _arguments(256, 256, (256,), 16, 1)
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):

@@ -28,6 +28,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.scenario("D1")
 def test_float32_equals_the_truth(shape):
     p = make_problem(**shape)
     assert max(errors(run(spec, p), truth(p)).values()) < 2e-6
@@ -66,12 +67,14 @@ def _worst_ratio(actual, p):
 BF16 = {"dtype": jnp.bfloat16, "k": 200, "ns": (96, 56), "rank": 8, "padding": (3, 4)}
 
 
+@pytest.mark.scenario("D1")
 def test_bfloat16_is_no_less_accurate_than_peft():
     p = make_problem(**BF16)
     assert _worst_ratio(run(spec, p), p) < 1.1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.scenario("D1")
 def test_the_error_ratio_catches_planted_mistakes(dtype):
     p = make_problem(**{**BF16, "dtype": dtype})
     off = p.routing._replace(scale=p.routing.scale * 1.01)
@@ -82,6 +85,7 @@ def test_the_error_ratio_catches_planted_mistakes(dtype):
         assert _worst_ratio(run(spec, p._replace(routing=routing)), p) > 1.5
 
 
+@pytest.mark.scenario("D2")
 def test_every_pattern_of_empty_tiles():
     p = make_problem(tiles=(0,) * 6, tile_rows=2, k=16, ns=(8,), rank=2)
     step = jax.jit(lambda p: run(spec, p))
@@ -105,6 +109,7 @@ def _directional(p, wrt, direction, step):
 
 
 @pytest.mark.parametrize("wrt", [0, 1, 2], ids=["x", "a", "b"])
+@pytest.mark.scenario("B7", "D7")
 def test_gradients_equal_finite_differences_with_dropout_on(wrt):
     with jax.enable_x64(True):
         p = make_problem(dtype=jnp.float64, ns=(40, 24), rates=(0.3, 0.1), padding=(2,))
@@ -128,6 +133,7 @@ def _poison(p, rows, value=np.nan):
     return p._replace(x=p.x.at[rows].set(value), dys=dys)
 
 
+@pytest.mark.scenario("D3")
 def test_padding_rows_contribute_nothing_even_if_they_hold_nan():
     padding = (0, 7, 12)
     p = make_problem(padding=padding)
@@ -140,6 +146,7 @@ def test_padding_rows_contribute_nothing_even_if_they_hold_nan():
     assert np.isnan(run(spec, _poison(unmarked, padding)).da[0]).any()  # the key is what protects
 
 
+@pytest.mark.scenario("C3")
 def test_nan_of_one_adapter_changes_no_bit_of_another():
     p = make_problem(tiles=(0, 1, -1, 1))
     clean = run(spec, p)
@@ -162,6 +169,7 @@ def test_a_tile_without_adapter_is_the_frozen_linear():
     assert not np.asarray(result.da[0]).any() and not np.asarray(result.db[0]).any()
 
 
+@pytest.mark.scenario("B7", "C1")
 def test_one_adapter_alone_equals_its_rows_in_a_mix():
     mix = make_problem(tiles=(0, 1, 1), rates=(0.1, 0.3))
     alone = mix._replace(
@@ -188,6 +196,7 @@ def test_grouped_projections_equal_separate_ones():
         _bits_equal((grouped.da[i], grouped.db[i]), (single.da[0], single.db[0]))
 
 
+@pytest.mark.scenario("D11")
 def test_the_public_op_under_jit_vmap_scan_and_remat():
     p = make_problem(tiles=(0, 1), tile_rows=4, k=16, ns=(16,))
 

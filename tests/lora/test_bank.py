@@ -76,6 +76,7 @@ def test_gaussian_init_has_deviation_one_over_r():
     np.testing.assert_allclose(np.std(read_slot(bank, 0)["m"][0]), 1 / 64, rtol=0.02)
 
 
+@pytest.mark.scenario("C6")
 def test_permuting_slots_permutes_results():
     specs = {"a": LoraSpec(r=1), "b": LoraSpec(r=8, alpha=3, dropout=0.1, use_rslora=True)}
     one, two = empty_bank(SHAPES, 2, 8), empty_bank(SHAPES, 2, 8)
@@ -91,6 +92,7 @@ def test_writing_a_slot_leaves_the_others_bits():
     assert_bit_equal(*(jax.tree.map(lambda x: x[1:], b) for b in (after, bank)))
 
 
+@pytest.mark.scenario("C6")
 def test_a_reused_slot_is_zero_beyond_rank_and_targets():
     bank = write_slot(_poisoned(), 0, LoraSpec(r=3), 7, paths=["layers.0.up"])
     assert not np.any(bank.a["layers.0.up"][0, 3:]) and not np.any(bank.a["layers.0.down"][0])
@@ -102,6 +104,7 @@ def test_a_reused_slot_is_zero_beyond_rank_and_targets():
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
+@pytest.mark.scenario("C7")
 def test_rank_padding_has_no_gradient(rank):
     spec = LoraSpec(r=rank, dropout=0.5)
     model = Model(nnx.Rngs(0))
@@ -127,6 +130,7 @@ def test_rank_padding_has_no_gradient(rank):
         assert not np.any(stacks["layers.1.down"])
 
 
+@pytest.mark.scenario("C7")
 def test_mask_stops_nan_in_padding():
     bank = write_slot(empty_bank(SHAPES, 2, 8), 0, LoraSpec(r=3), 7)
     nan = {path: jnp.full_like(a, jnp.nan) for path, a in bank.a.items()}
@@ -159,6 +163,7 @@ def test_attaching_again_replaces_the_stacks():
     assert model.layers[0].up.lora_a is None and model.layers[1].up.lora_a.shape == (3, 8, 8)
 
 
+@pytest.mark.scenario("C7")
 def test_put_and_read_round_trip():
     spec = LoraSpec(r=2, alpha=4, use_rslora=True)
     adapter = {"layers.0.up": (jnp.ones((2, 8)), jnp.full((2, 12), 2.0))}

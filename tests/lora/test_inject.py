@@ -87,6 +87,7 @@ def test_users_own_loop_trains_adapters_and_nothing_else():
     assert_bit_equal(nnx.to_pure_dict(frozen), nnx.to_pure_dict(frozen_before))
 
 
+@pytest.mark.scenario("C9")
 def test_kernel_has_no_gradient():
     model = Tower()
     loraize(model, LoraSpec(target_modules=("left",)))

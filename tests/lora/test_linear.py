@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear, grouped_linear
@@ -94,6 +95,7 @@ def test_bfloat16_computation_keeps_float32_adapters():
     assert y.dtype == jnp.bfloat16 and linear.lora_a.dtype == jnp.float32
 
 
+@pytest.mark.scenario("C9")
 def test_gradients_reach_adapters_only():
     linear = _linear(8, 6, 0)
     context = _context([1, -1, 1])

@@ -76,6 +76,7 @@ def test_config_has_pefts_fields(tmp_path):
         LoraSpec(r=9, rank_pattern={"layers.0.up": 2, "down": 2}, alpha_pattern={"up": 0.5}),
     ],
 )
+@pytest.mark.scenario("F7")
 def test_export_import_export_is_byte_identical(tmp_path, spec, dtype):
     first = save_peft(tmp_path / "one", _adapter(), spec, "base", dtype)
     loaded = load_peft(first)
@@ -182,6 +183,7 @@ def _with_config(directory, **changes):
         ({"base_model_name_or_path": 3}, "base_model_name_or_path=3"),
     ],
 )
+@pytest.mark.scenario("F6")
 def test_configs_that_are_not_plain_lora_are_refused_by_key(tmp_path, changes, words):
     directory = _saved(tmp_path)
     _with_config(directory, **changes)
@@ -198,6 +200,7 @@ def test_configs_that_are_not_plain_lora_are_refused_by_key(tmp_path, changes, w
         ({"lora_alpha": 0.5, "use_rslora": False}, 0.25),
     ],
 )
+@pytest.mark.scenario("F6")
 def test_scale_is_pefts(tmp_path, changes, scale):
     directory = _saved(tmp_path)
     _with_config(directory, **changes)
@@ -216,6 +219,7 @@ def test_what_newer_peft_writes_by_default_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b'{"r": 1, "r": 2}', b'{"r": NaN}', b"\xff", b" " * (2 << 20)]
 )
+@pytest.mark.scenario("F6")
 def test_config_text_is_not_believed(tmp_path, text):
     directory = _saved(tmp_path)
     (directory / "adapter_config.json").write_bytes(text)
@@ -248,6 +252,7 @@ DOWN = f"{PREFIX}layers.0.down.lora_"
         ({A: ..., B: ..., f"{DOWN}A.weight": ..., f"{DOWN}B.weight": ...}, "no tensors"),
     ],
 )
+@pytest.mark.scenario("F6")
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, changes, words):
     directory = _saved(tmp_path)
     path = directory / "adapter_model.safetensors"
@@ -277,6 +282,7 @@ class Model(nnx.Module):
         self.layers = nnx.List([Block(nnx.Rngs(0)) for _ in range(layers)])
 
 
+@pytest.mark.scenario("F6")
 def test_the_model_it_is_meant_for_must_fit(tmp_path):
     directory = _saved(tmp_path)
     load_peft(directory, Model())

@@ -108,6 +108,7 @@ CORPUS = {
 
 
 @pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.scenario("F5")
 def test_malformed_files_are_refused_by_name_and_fast(tmp_path, name):
     content, words = CORPUS[name]
     (tmp_path / "x").write_bytes(content)
@@ -136,6 +137,7 @@ def _mutants(rng, content, count):
 
 
 @pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.scenario("F5")
 def test_fuzz_only_typed_errors_and_never_more_permissive_than_safetensors(tmp_path, rng, count):
     path = tmp_path / "x"
     write_safetensors(path, TENSORS, {"format": "pt"})
@@ -152,6 +154,7 @@ def test_fuzz_only_typed_errors_and_never_more_permissive_than_safetensors(tmp_p
     assert 0 < accepted < count / 2
 
 
+@pytest.mark.scenario("F5")
 def test_the_fuzz_would_notice_an_unchecked_header(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(safetensors_io, "_check_tiling", lambda *_: None)
     with pytest.raises((AssertionError, safetensors.SafetensorError)):

@@ -110,6 +110,7 @@ def rows_of_others(poison, x):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+@pytest.mark.scenario("C10")
 def test_other_samples_change_no_bit(rng, packed_attention, poison):
     """Forward and backward: neighbours and padding may hold anything."""
     _, segments = packed(LENGTHS, ROWS)
@@ -121,6 +122,7 @@ def test_other_samples_change_no_bit(rng, packed_attention, poison):
     assert_bit_equal(*first_rows)
 
 
+@pytest.mark.scenario("C10")
 def test_dense_reference_would_not_pass_that(rng):
     """Control: a mask alone lets a neighbour's NaN through."""
     _, segments = packed(LENGTHS, ROWS)

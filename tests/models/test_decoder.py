@@ -55,18 +55,21 @@ def embeddings(rng):
     return jnp.asarray(rng.normal(size=(ROWS, 32)), jnp.float32)
 
 
+@pytest.mark.scenario("C10")
 def test_no_gradient_between_samples(split, embeddings):
     depends = reach(split, *packed(LENGTHS, ROWS), embeddings)
     assert np.flatnonzero(depends[0]).tolist() == list(range(9))
     assert np.flatnonzero(depends[1]).tolist() == list(range(9, 23))
 
 
+@pytest.mark.scenario("C10")
 def test_leak_would_be_seen(split, embeddings):
     """Control: with both samples declared one, the second depends on the first."""
     depends = reach(split, *packed([23], ROWS), embeddings)
     assert depends[1, FIRST].all()
 
 
+@pytest.mark.scenario("C10")
 def test_neighbours_and_padding_change_no_bit(split, embeddings):
     run = jax.jit(lambda x: hidden_from(split, x, *packed(LENGTHS, ROWS)))
     hidden = run(embeddings)

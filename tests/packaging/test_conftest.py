@@ -18,6 +18,7 @@ def test_jax_sees_eight_virtual_devices():
     assert len(jax.devices("cpu")) == 8
 
 
+@pytest.mark.scenario("F8")
 def test_no_test_reaches_the_network():
     with pytest.raises(RuntimeError, match="look-up"):
         socket.getaddrinfo("example.com", 443)

@@ -60,6 +60,7 @@ def test_no_registry_host_and_no_machine_path():
     assert not found, "\n".join(found)
 
 
+@pytest.mark.scenario("G9")
 def test_sched_is_the_standard_librarys():
     """`sched/` is a source root: a package of that name would hide the standard module."""
     assert not (ROOT / "sched" / "__init__.py").exists()

@@ -50,6 +50,7 @@ def away(tmp_path_factory):
     return run, folder
 
 
+@pytest.mark.scenario("G9")
 def test_every_module_imports_from_the_wheel(away):
     run, folder = away
     code = (
@@ -66,17 +67,20 @@ def test_every_module_imports_from_the_wheel(away):
     assert all(str(folder / "env") in path for path in found), found
 
 
+@pytest.mark.scenario("G9")
 def test_sched_is_the_standard_librarys(away):
     run, _ = away
     run("-c", "import sched; assert sched.scheduler")
 
 
+@pytest.mark.scenario("G9")
 def test_command_line_starts(away):
     run, folder = away
     assert "train" in run(folder / "env/bin/lorafusion", "--help").stdout
     assert "train" in run("-m", "lorafusion_jax.cli", "--help").stdout
 
 
+@pytest.mark.scenario("G9")
 def test_tests_pass_away_from_the_root(away):
     run, folder = away
     shutil.copytree(

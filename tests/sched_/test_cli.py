@@ -82,6 +82,7 @@ def test_compare_prints_every_planner(lengths_file):
     assert utilisation["ours"] == max(utilisation.values())
 
 
+@pytest.mark.scenario("B9")
 def test_same_bytes_whatever_the_hash_seed(lengths_file, tmp_path):
     seen = set()
     for seed in range(5):
@@ -119,6 +120,7 @@ def test_bad_input_is_explained(content, options, message, tmp_path, capsys):
     assert re.search(message, error)
 
 
+@pytest.mark.scenario("E6")
 def test_missing_and_damaged_files_are_explained(tmp_path, capsys):
     assert main(["show", str(tmp_path / "none.json")]) == 2
     damaged = tmp_path / "plan.json"

@@ -41,6 +41,7 @@ def many(jobs: int, samples: int, gbs: int, **rules) -> Problem:
     ],
     ids=str,
 )
+@pytest.mark.scenario("E4")
 def test_odd_shapes(shape, distance):
     problem = many(*shape, distance=distance)
     answer = plan(problem)
@@ -68,6 +69,7 @@ def test_the_smallest_microbatch_there_is():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("jobs", "distance"), [(10, 1), (10, 4), (1000, 1), (1000, 4)])
+@pytest.mark.scenario("E4")
 def test_a_hundred_thousand_samples(jobs, distance):
     """In a fresh process: under 10 s of CPU time and 500 MB, at most 10% above the bound."""
     code = f"""

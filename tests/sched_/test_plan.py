@@ -133,6 +133,7 @@ def test_max_jobs_is_kept():
     assert max(len(mb.stretches) for mb in answer.microbatches) == 2
 
 
+@pytest.mark.scenario("E4")
 def test_no_jobs_and_jobs_without_batches_give_an_empty_plan():
     problem = problem_of(Job(name="a", batches=()))
     assert plan(problem).microbatches == ()
@@ -154,6 +155,7 @@ def test_no_jobs_and_jobs_without_batches_give_an_empty_plan():
         ({"jobs": (Job(name="a", batches=()), Job(name="a", batches=()))}, "unique"),
     ],
 )
+@pytest.mark.scenario("E4")
 def test_impossible_problems_are_refused(change, message):
     with pytest.raises(PlanError, match=message):
         Problem(**({"jobs": (), "capacities": (256,), "tile": 128} | change))
@@ -168,6 +170,7 @@ def small() -> tuple[Problem, Plan]:
     return problem, plan(problem)
 
 
+@pytest.mark.scenario("E6")
 def test_json_round_trip_is_exact_and_checked():
     _, answer = small()
     text = to_json(answer)
@@ -175,6 +178,7 @@ def test_json_round_trip_is_exact_and_checked():
     assert to_json(from_json(text)) == text
 
 
+@pytest.mark.scenario("E6")
 def test_any_changed_or_missing_character_is_refused():
     """Every single-character change of the text either is refused or reads as the same plan."""
     _, answer = small()
@@ -194,6 +198,7 @@ def test_any_changed_or_missing_character_is_refused():
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", "null", '{"format":"lorafusion-plan"}', "[" * 9999]
 )
+@pytest.mark.scenario("E6")
 def test_other_documents_are_refused(text):
     with pytest.raises(PlanError, match=r"plan"):
         from_json(text)

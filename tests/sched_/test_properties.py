@@ -47,6 +47,7 @@ def check_plan(problem: Problem) -> None:
 
 @settings(max_examples=60, **QUIET)
 @given(problems())
+@pytest.mark.scenario("E1")
 def test_every_plan_is_legal(problem):
     check_plan(problem)
 
@@ -54,6 +55,7 @@ def test_every_plan_is_legal(problem):
 @pytest.mark.slow
 @settings(max_examples=10_000, **QUIET)
 @given(problems())
+@pytest.mark.scenario("E1")
 def test_every_plan_is_legal_10k(problem):
     check_plan(problem)
 
@@ -75,6 +77,7 @@ LOTS = st.lists(st.lists(st.integers(1, 512), min_size=1, max_size=12), min_size
 
 @settings(max_examples=60, **QUIET)
 @given(LOTS, st.sampled_from([16, 128]), st.integers(0, 3), st.sampled_from([None, None, 1, 2]))
+@pytest.mark.scenario("E3")
 def test_pack_is_legal_and_never_worse_than_ffd(lengths, tile, seed, max_jobs):
     bins = pack(lengths, 512, tile, seed=seed, max_jobs=max_jobs)
     assert all(rows_of(content, lengths, tile) <= 512 for content in bins)
@@ -111,6 +114,7 @@ def fewest_bins(items: list[tuple[int, int]], capacity: int, tile: int) -> int:
     return best
 
 
+@pytest.mark.scenario("E3")
 def test_bins_are_optimal_for_few_samples():
     """At most 8 samples of 1 to 3 jobs: the optimum in at least 99% of 400 instances."""
     rng = random.Random(5)
@@ -255,6 +259,7 @@ def is_legal(problem: Problem, answer: Plan) -> bool:
     return True
 
 
+@pytest.mark.scenario("E2")
 def test_a_thousand_mutants_are_all_rejected():
     """Ten kinds of damage to plans of four shapes; the few that stay legal do not count."""
     rng = random.Random(11)
@@ -298,6 +303,7 @@ def test_the_checker_sees_lorafusions_violations():
     assert seen > 0
 
 
+@pytest.mark.scenario("E6")
 def test_plan_for_another_problem_is_refused():
     problem = Problem(jobs=(job_from_lengths("a", [10], global_batch_size=1),), capacities=(128,))
     for change in ({"tile": 64}, {"distance": 2}, {"width": 2}):

@@ -16,6 +16,7 @@ def packed(microbatch, names=("a", "b"), segments=32):
 
 
 @pytest.mark.parametrize("number", range(5))
+@pytest.mark.scenario("C10")
 def test_rows_hold_what_the_plan_says(number):
     microbatch = plan_jobs(JOBS)[number]
     batch, owners = packed(microbatch)
@@ -43,6 +44,7 @@ def test_rows_hold_what_the_plan_says(number):
     assert (batch.segment_start[~live] == np.flatnonzero(~live)).all()
 
 
+@pytest.mark.scenario("C5")
 def test_weights_of_a_global_batch_sum_to_one():
     totals = {}
     for microbatch in plan_jobs(JOBS):
@@ -55,6 +57,7 @@ def test_weights_of_a_global_batch_sum_to_one():
     assert np.allclose(list(totals.values()), 1, rtol=1e-6)
 
 
+@pytest.mark.scenario("B7")
 def test_row_keys_are_those_of_the_kernels():
     microbatch = plan_jobs(JOBS)[0]
     batch, owners = packed(microbatch)

@@ -69,6 +69,7 @@ def files_of(checkpoints, tmp_path, step):
 
 
 @orbax_leaves_tasks
+@pytest.mark.scenario("A3")
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(checkpoints, messages, tmp_path, rng):
     step, spare = tmp_path / "checkpoints" / "2", tmp_path / "spare"
     shutil.copytree(step, spare)
@@ -92,6 +93,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(checkpoints, messages, tm
 
 
 @orbax_leaves_tasks
+@pytest.mark.scenario("A3")
 def test_without_hashes_a_flipped_bit_comes_back_silently(monkeypatch, tmp_path):
     """The negative control of the test above."""
     monkeypatch.setattr(checkpoint, "_describe", lambda x: ["", str(x.dtype), list(x.shape)])
@@ -112,6 +114,7 @@ def test_without_hashes_a_flipped_bit_comes_back_silently(monkeypatch, tmp_path)
 
 @orbax_leaves_tasks
 @pytest.mark.parametrize("damage", ["truncate", "empty", "delete"])
+@pytest.mark.scenario("A4")
 def test_a_damaged_file_falls_back(checkpoints, messages, tmp_path, damage):
     step, spare = tmp_path / "checkpoints" / "2", tmp_path / "spare"
     shutil.copytree(step, spare)
@@ -131,6 +134,7 @@ def test_a_damaged_file_falls_back(checkpoints, messages, tmp_path, damage):
 
 
 @orbax_leaves_tasks
+@pytest.mark.scenario("A4")
 def test_nothing_usable_is_an_error_that_names_all(checkpoints, tmp_path):
     for step in (1, 2):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "state")
@@ -166,6 +170,7 @@ def test_another_tree_is_refused(checkpoints, change, message):
         unflatten_like(change(state(2)), checkpoints.restore().leaves)
 
 
+@pytest.mark.scenario("A11")
 def test_an_existing_step_is_never_replaced(checkpoints):
     with pytest.raises(CheckpointError, match=r"/2 was not written"):
         checkpoints.save(2, state(7), PROGRESS)
@@ -231,6 +236,7 @@ with run_lock(Path(sys.argv[1])):
 
 
 @pytest.mark.crash
+@pytest.mark.scenario("A8")
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(

@@ -49,17 +49,20 @@ def together(microbatches):
     return Bench(TOGETHER).run(microbatches)
 
 
+@pytest.mark.scenario("C1")
 def test_ten_steps_of_everybody(together):
     assert together.state.opt.count.tolist() == [10, 10, 10, 10]
     assert together.state.opt.rejected.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("slot", range(SLOTS))
+@pytest.mark.scenario("C1")
 def test_bit_equal_to_alone_in_the_same_places(together, microbatches, slot):
     alone = Bench({slot: JOBS[slot]}).run(microbatches)
     assert_bit_equal(alone.slot(slot), together.slot(slot))
 
 
+@pytest.mark.scenario("C1")
 def test_another_learning_rate_would_be_seen(together, microbatches):
     changed = TinyJob(**{**vars(JOBS[1]), "lr": JOBS[1].lr * 1.0001})
     alone = Bench({1: changed}).run(microbatches)
@@ -75,6 +78,7 @@ def in_float64(job: TinyJob, slot: int):
 
 
 @pytest.mark.parametrize("slot", range(SLOTS))
+@pytest.mark.scenario("C1")
 def test_within_twice_the_error_of_alone(together, slot):
     alone = Bench({slot: JOBS[slot]}).run(plan_jobs([JOBS[slot]]))
     truth = in_float64(JOBS[slot], slot)
@@ -90,6 +94,7 @@ def weights(slot: dict) -> dict:
     }
 
 
+@pytest.mark.scenario("C1")
 def test_a_small_difference_would_exceed_twice_the_error(together):
     alone = Bench({0: JOBS[0]}).run(plan_jobs([JOBS[0]]))
     truth = in_float64(JOBS[0], 0)
@@ -99,6 +104,7 @@ def test_a_small_difference_would_exceed_twice_the_error(together):
         assert_error_ratio(*(weights(x) for x in (other.slot(0), alone.slot(0), truth)), factor=2)
 
 
+@pytest.mark.scenario("C2")
 def test_my_neighbours_content_is_nothing_to_me(together, microbatches):
     bench = Bench(TOGETHER)
     for microbatch in microbatches:
@@ -116,6 +122,7 @@ def scaled_adapter(bench: Bench, slot: int, factor: float) -> None:
 
 
 @pytest.mark.parametrize("factor", [7.0, np.nan, np.inf])
+@pytest.mark.scenario("C2", "C3")
 def test_my_neighbours_weights_are_nothing_to_me(together, microbatches, factor):
     bench = Bench(TOGETHER)
     scaled_adapter(bench, 0, factor)
@@ -130,6 +137,7 @@ def test_my_neighbours_weights_are_nothing_to_me(together, microbatches, factor)
 
 
 @pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.scenario("C3")
 def test_a_nan_gradient_rejects_one_batch_of_one_job(together, microbatches, freeze):
     jobs = {s: TinyJob(**{**vars(job), "freeze": freeze}) for s, job in TOGETHER.items()}
     bench, poisoned = Bench(jobs), 0
@@ -151,6 +159,7 @@ def test_a_nan_gradient_rejects_one_batch_of_one_job(together, microbatches, fre
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bench.slot(0)))
 
 
+@pytest.mark.scenario("C6")
 def test_slots_may_be_permuted(together, microbatches):
     order = [2, 0, 3, 1]
     bench = Bench({slot: JOBS[number] for slot, number in enumerate(order)}).run(microbatches)
@@ -158,6 +167,7 @@ def test_slots_may_be_permuted(together, microbatches):
         assert_bit_equal(bench.slot(slot), together.slot(number))
 
 
+@pytest.mark.scenario("C6")
 def test_a_reused_slot_starts_fresh_whatever_lay_there():
     job = JOBS[1]
     spec, paths = job.spec, None
@@ -174,6 +184,7 @@ def test_a_reused_slot_starts_fresh_whatever_lay_there():
     assert np.isnan(slot_of(poison, 0)["loss"])  # it was there
 
 
+@pytest.mark.scenario("C7")
 def test_rank_padding_stays_exactly_zero(together):
     for slot, job in TOGETHER.items():
         state = together.slot(slot)
@@ -187,6 +198,7 @@ def test_rank_padding_stays_exactly_zero(together):
         assert (padded[0].shape[0] == R_MAX - job.spec.r) and len(padded) > 100
 
 
+@pytest.mark.scenario("C9")
 def test_base_weights_keep_their_bits(microbatches):
     before = frozen_leaves(tiny_base())
     Bench(TOGETHER).run(microbatches[:3])

@@ -117,6 +117,7 @@ def every_shape(jaxpr):
                 yield from every_shape(value.jaxpr)
 
 
+@pytest.mark.scenario("C9")
 def test_neither_all_logits_nor_a_gradient_of_the_head_exist(rng):
     arrays = [jnp.asarray(x) for x in problem(rng, np.float32)]
     shapes = set(every_shape(jax.make_jaxpr(jax.grad(chunked))(*arrays).jaxpr))

@@ -88,6 +88,7 @@ def test_each_slot_does_what_optax_does_alone(rng, name):
     assert state.count.tolist() == [4, 4, 4]
 
 
+@pytest.mark.scenario("C4")
 def test_an_absent_slot_keeps_every_bit(rng):
     params = tree(rng)
     state = init(params, ("adamw",), SLOTS)
@@ -100,6 +101,7 @@ def test_an_absent_slot_keeps_every_bit(rng):
     assert state.count.tolist() == [4, 1, 4]
 
 
+@pytest.mark.scenario("C4")
 def test_plain_adamw_on_the_stack_moves_an_absent_slot(rng):
     params, transform = tree(rng), optax.adamw(1e-2, weight_decay=0.1)
     state = transform.init(params)
@@ -110,6 +112,7 @@ def test_plain_adamw_on_the_stack_moves_an_absent_slot(rng):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.scenario("C3")
 def test_a_non_finite_gradient_rejects_its_slot_only(rng, poison):
     params, h = tree(rng), hyper()
     state = init(params, ("adamw",), SLOTS)
@@ -128,6 +131,7 @@ def test_a_non_finite_gradient_rejects_its_slot_only(rng, poison):
     assert got[2].applied.tolist() == [True, False, True]
 
 
+@pytest.mark.scenario("C3")
 def test_a_non_finite_loss_rejects_too(rng):
     params = tree(rng)
     loss = jnp.asarray([0.0, np.nan, 1.0])
@@ -159,6 +163,7 @@ def test_freeze_holds_for_good_and_skip_goes_on(rng):
     assert state.rejected.tolist() == [1, 1, 0]
 
 
+@pytest.mark.scenario("C5")
 def test_clipping_sees_the_own_norm_only(rng):
     params, h = tree(rng), hyper(kind=OPTIMIZERS.index("sgd"), b1=0.0, max_grad_norm=1.0)
     state = init(params, ("sgd",), SLOTS)
@@ -171,6 +176,7 @@ def test_clipping_sees_the_own_norm_only(rng):
     assert math.isclose(float(optax.tree.norm(moved)), 1e-2, rel_tol=1e-3)
 
 
+@pytest.mark.scenario("C5")
 def test_clipping_by_the_norm_of_all_is_caught(rng):
     grads = tree(rng, 0.01)
     loud = jax.tree.map(lambda g: g.at[0].mul(1e4), grads)

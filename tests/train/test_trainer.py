@@ -177,6 +177,7 @@ def test_another_seed_has_other_bits(whole, tmp_path):
 @pytest.mark.parametrize(
     "stop", [2, 4, 7, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 3, 5, 6, 8, 9, 10))]
 )
+@pytest.mark.scenario("B2", "B3")
 def test_stopped_anywhere_and_resumed_has_the_same_bits(whole, tmp_path, stop):
     output = tmp_path / "run"
     with pytest.raises(StoppedError, match="the same command goes on") as error:
@@ -190,11 +191,13 @@ def test_stopped_anywhere_and_resumed_has_the_same_bits(whole, tmp_path, stop):
     assert results["sql"].best_eval_loss == whole[1]["sql"].best_eval_loss
 
 
+@pytest.mark.scenario("B3")
 def test_some_of_these_stops_were_inside_a_global_batch(whole):
     plan = from_json((whole[0] / "plan.json").read_text())
     assert any(not stretch.ends for stretch in plan.microbatches[3].stretches)
 
 
+@pytest.mark.scenario("B2", "B3")
 def test_a_lost_accumulator_would_be_seen(whole, tmp_path, monkeypatch):
     """The negative control of resuming inside a global batch."""
     output = tmp_path / "run"
@@ -211,6 +214,7 @@ def test_a_lost_accumulator_would_be_seen(whole, tmp_path, monkeypatch):
     assert final_state(output) != final_state(whole[0])
 
 
+@pytest.mark.scenario("G6")
 def test_a_killed_run_redoes_what_was_not_saved(whole, tmp_path):
     """No clean stop: the listener dies, as a killed process would, between checkpoints."""
     output = tmp_path / "run"
@@ -269,6 +273,7 @@ def test_going_on_in_another_folder(tmp_path, whole):
         ({"seed": 1}, "seed: 0 -> 1"),
     ],
 )
+@pytest.mark.scenario("A9")
 def test_a_changed_run_is_refused_with_a_diff(whole, change, key):
     before = final_state(whole[0])
     with pytest.raises(ConfigError, match=r"not the run") as error:
@@ -277,6 +282,7 @@ def test_a_changed_run_is_refused_with_a_diff(whole, change, key):
     assert final_state(whole[0]) == before
 
 
+@pytest.mark.scenario("A9")
 def test_how_often_to_save_may_change(tmp_path, whole):
     output = tmp_path / "run"
     with pytest.raises(StoppedError):
@@ -310,6 +316,7 @@ def test_fewer_slots_than_jobs(tmp_path):
         assert results[name].eval_loss == pytest.approx(side_by_side[name].eval_loss, rel=1e-3)
 
 
+@pytest.mark.scenario("A3")
 def test_a_damaged_checkpoint_is_named_and_an_older_one_used(whole, tmp_path):
     output, seen = tmp_path / "run", []
     with pytest.raises(StoppedError):
@@ -338,6 +345,7 @@ def test_no_usable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
         trainer(output).fit()
 
 
+@pytest.mark.scenario("A8")
 def test_one_trainer_per_folder(tmp_path):
     with run_lock(tmp_path), pytest.raises(RunLockedError, match=f"pid {os.getpid()}"):
         trainer(tmp_path).fit()
@@ -361,6 +369,7 @@ def poisoned(monkeypatch, job: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("policy", ["skip", "freeze"])
+@pytest.mark.scenario("C3")
 def test_a_non_finite_batch_is_rejected_reported_and_alone(tmp_path, whole, monkeypatch, policy):
     poisoned(monkeypatch, "sql", 1)
     seen, settings = [], TrainConfig(epochs=1, global_batch_size=5, on_nonfinite=policy)
@@ -375,6 +384,7 @@ def test_a_non_finite_batch_is_rejected_reported_and_alone(tmp_path, whole, monk
     assert [line["step"] for line in rejected] == [2] and rejected[0]["loss"] is None
 
 
+@pytest.mark.scenario("C3")
 def test_stop_saves_everything_and_goes_on_after_the_rejected_batch(tmp_path, monkeypatch):
     poisoned(monkeypatch, "sql", 1)
     settings = TrainConfig(epochs=1, global_batch_size=5, on_nonfinite="stop")

@@ -1,0 +1,294 @@
+"""Runs every scenario that this machine can run and says what a release may promise.
+
+    python -m tests.reliability.scoreboard [--quick] [--only A3,B2] [--gpu] [--show]
+
+A scenario passes when all tests that carry its mark pass, one at least; a skipped test shows
+nothing. Results are kept in docs/results/<device>/reliability.json, and the table of
+docs/reliability.md is made from these files. With `--only`, the other rows stay as they were.
+`--quick` leaves out slow tests and writes nothing. `--gpu` runs the GPU tests instead and writes
+the file of that device: the only way in which a scenario that needs a GPU passes. `--show` runs
+nothing.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.scenarios import SCENARIOS, SECTIONS, Scenario
+
+RESULTS, PAGE = Path("docs/results"), Path("docs/reliability.md")
+_MARKED = re.compile(r"(<!-- scoreboard -->\n).*?(<!-- end -->)", re.S)
+
+_MARKS = re.compile(r"pytest\.mark\.scenario\((.*?)\)", re.S)
+
+type Row = dict[str, str | list[str]]
+
+
+def scenarios_of(item: pytest.Item) -> list[str]:
+    """Returns the scenarios that a test shows.
+
+    Raises:
+        UsageError: there is no such scenario.
+    """
+    names = [str(name) for mark in item.iter_markers("scenario") for name in mark.args]
+    if unknown := [name for name in names if name not in SCENARIOS]:
+        raise pytest.UsageError(f"{item.nodeid} shows {unknown[0]}, which is no scenario")
+    return names
+
+
+@dataclass
+class Recorder:
+    """A pytest plugin that notes how the tests of each scenario ended.
+
+    Attributes:
+        wanted: scenarios to run; others are left out.
+        outcomes: worst outcome of each test (without its parameters) of each scenario.
+    """
+
+    wanted: frozenset[str]
+    outcomes: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Leaves out tests that show no wanted scenario."""
+        self._shows = {item.nodeid: self.wanted & {*scenarios_of(item)} for item in items}
+        config.hook.pytest_deselected(items=[i for i in items if not self._shows[i.nodeid]])
+        items[:] = [item for item in items if self._shows[item.nodeid]]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notes an outcome; set-up and tear-down count only where they fail or skip."""
+        if report.when != "call" and report.outcome == "passed":
+            return
+        test = report.nodeid.partition("[")[0]
+        for scenario in self._shows.get(report.nodeid, ()):
+            known = self.outcomes[scenario].get(test, report.outcome)
+            worst = max(known, report.outcome, key=["passed", "skipped", "failed"].index)
+            self.outcomes[scenario][test] = worst
+
+    def rows(self) -> list[Row]:
+        """Returns one row per scenario that had a test."""
+        today, commit = datetime.date.today().isoformat(), _commit()
+        return [
+            {
+                "id": name,
+                "result": _result(tests.values()),
+                "date": today,
+                "commit": commit,
+                "tests": sorted(tests),
+            }
+            for name, tests in self.outcomes.items()
+        ]
+
+
+def _result(outcomes: Iterable[str]) -> str:
+    found = set(outcomes)
+    if "failed" in found:
+        return "failed"
+    return "passed" if "passed" in found else "skipped"
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def run(wanted: Iterable[str], *, quick: bool, gpu: bool) -> list[Row]:
+    """Runs the tests of these scenarios and returns their rows.
+
+    Raises:
+        SystemExit: pytest did not get to the end.
+    """
+    choice = "scenario and gpu" if gpu else "scenario and not gpu and not torch"
+    recorder = Recorder(frozenset(wanted))
+    expression = choice + (" and not slow" if quick else "")
+    files = [str(path) for path in files_showing(recorder.wanted)]
+    if not files:
+        return []
+    code = pytest.main(["-q", "-m", expression, "--no-header", *files], plugins=[recorder])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise SystemExit(f"pytest stopped with {code!r}: nothing was written")
+    return recorder.rows()
+
+
+def files_showing(wanted: frozenset[str], root: Path = Path("tests")) -> list[Path]:
+    """Returns the test files whose text has the mark of a wanted scenario."""
+    texts = {path: path.read_text("utf-8") for path in sorted(root.rglob("test_*.py"))}
+    return [
+        path
+        for path, text in texts.items()
+        if any(wanted & {*re.findall(r'"(\w+)"', mark)} for mark in _MARKS.findall(text))
+    ]
+
+
+def load(path: Path) -> list[Row]:
+    """Returns the rows of a results file; none if it is not there."""
+    return json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+
+
+def merged(old: list[Row], new: list[Row], wanted: Iterable[str]) -> list[Row]:
+    """Returns old rows, those of the wanted scenarios replaced, in the order of the scenarios."""
+    rows = {row["id"]: row for row in old if row["id"] not in {*wanted}}
+    rows |= {row["id"]: row for row in new}
+    return [rows[name] for name in SCENARIOS if name in rows]
+
+
+@dataclass(frozen=True)
+class Board:
+    """What is known of every scenario.
+
+    Attributes:
+        cpu: rows of this repository's CPU file, by scenario.
+        gpu: rows of any other device's file.
+    """
+
+    cpu: dict[str, Row]
+    gpu: dict[str, Row]
+
+    def verdict(self, scenario: Scenario) -> str:
+        """Says in a word or two how a scenario stands."""
+        row = (self.gpu if scenario.needs_gpu else self.cpu).get(scenario.id)
+        if row is None:
+            return "not run here" if scenario.needs_gpu else "no test"
+        return str(row["result"])
+
+    def gpu_verdict(self, scenario: Scenario) -> str:
+        """The same for the part that a GPU shows; empty where there is none."""
+        if not scenario.wants_gpu:
+            return ""
+        row = self.gpu.get(scenario.id)
+        return "not run" if row is None else str(row["result"])
+
+    def score(self, *, with_gpu: bool = False) -> float:
+        """Returns the weight of what passed over all weight.
+
+        Args:
+            with_gpu: count a scenario only if its GPU part passed too.
+        """
+        passed = sum(
+            s.weight
+            for s in SCENARIOS.values()
+            if self.verdict(s) == "passed"
+            and not (with_gpu and self.gpu_verdict(s) not in ("", "passed"))
+        )
+        return passed / sum(s.weight for s in SCENARIOS.values())
+
+    def evidence(self, scenario: Scenario) -> str:
+        """Returns the test files that show a scenario, with their numbers of tests."""
+        counts: dict[str, int] = defaultdict(int)
+        for rows in (self.cpu, self.gpu):
+            for test in rows.get(scenario.id, {}).get("tests", ()):
+                counts[test.partition("::")[0].removeprefix("tests/")] += 1
+        return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+
+def read_board(root: Path = RESULTS) -> Board:
+    """Reads the results of all devices."""
+    cpu: dict[str, Row] = {}
+    gpu: dict[str, Row] = {}
+    for path in sorted(root.glob("*/reliability.json")):
+        target = cpu if path.parent.name == "cpu" else gpu
+        target |= {str(row["id"]): row for row in load(path)}
+    return Board(cpu, gpu)
+
+
+def closing_lines(board: Board) -> list[str]:
+    """Returns what is printed below the table; the score is the last line."""
+    blockers = [s for s in SCENARIOS.values() if s.weight == 3]
+    passed = sum(board.verdict(s) == "passed" for s in blockers)
+    wants = [s for s in SCENARIOS.values() if s.wants_gpu]
+    shown = sum(board.gpu_verdict(s) == "passed" for s in wants)
+    return [
+        f"release blockers passed: {passed} of {len(blockers)}",
+        f"shown on a GPU: {shown} of the {len(wants)} that want one",
+        f"score if the GPU part of every scenario is required {board.score(with_gpu=True):.2f}",
+        f"score {board.score():.2f}",
+    ]
+
+
+def markdown(board: Board) -> str:
+    """Returns the table of docs/reliability.md."""
+    lines = []
+    for letter, title in SECTIONS.items():
+        lines += [
+            f"\n### {letter}. {title}\n",
+            "| ID | scenario | weight | where | result | on a GPU | tests |",
+            "|---|---|--:|---|---|---|---|",
+        ]
+        lines += [
+            f"| {s.id} | {s.text} | {s.weight} | {' '.join(s.places)} | {board.verdict(s)} "
+            f"| {board.gpu_verdict(s)} | {board.evidence(s)} |"
+            for s in SCENARIOS.values()
+            if s.id.startswith(letter)
+        ]
+    return "\n".join(lines) + "\n\n" + "  \n".join(closing_lines(board)) + "\n"
+
+
+def rendered(page: str, board: Board) -> str:
+    """Returns the page with its table made anew."""
+    return _MARKED.sub(lambda m: m[1] + markdown(board) + m[2], page)
+
+
+def _show(board: Board) -> None:
+    for scenario in SCENARIOS.values():
+        verdict = board.verdict(scenario)
+        print(f"{scenario.id:<4} {verdict:<13} {scenario.weight}  {board.evidence(scenario)}")
+    print("\n".join(closing_lines(board)))
+
+
+def main() -> int:
+    """Runs, writes and prints; 1 if a scenario that was run failed."""
+    parser = argparse.ArgumentParser(prog="scoreboard", description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default=",".join(SCENARIOS))
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--show", action="store_true")
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := [name for name in wanted if name not in SCENARIOS]:
+        parser.error(f"no scenario {unknown[0]}")
+    if options.show:
+        _show(read_board())
+        return 0
+    rows = run(wanted, quick=options.quick, gpu=options.gpu)
+    board = read_board()
+    device = _device() if options.gpu else "cpu"
+    path = RESULTS / device / "reliability.json"
+    rows = merged(load(path), rows, wanted)
+    if options.quick:
+        board = Board({str(row["id"]): row for row in rows}, board.gpu)
+    else:
+        _write(path, device, rows)
+        board = read_board()
+        PAGE.write_text(rendered(PAGE.read_text("utf-8"), board), "utf-8")
+    _show(board)
+    return int(any(row["result"] == "failed" for row in rows))
+
+
+def _write(path: Path, device: str, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = "make scoreboard" if device == "cpu" else "make scoreboard-gpu"
+    record = {"bench": "reliability", "command": command, "device": device, "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+def _device() -> str:
+    """The folder of this GPU's results."""
+    import jax
+
+    kind = jax.devices()[0].device_kind.lower()
+    return next((name for name in ("h100", "h200", "a100") if name in kind), kind.replace(" ", "-"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
