@@ -16,6 +16,7 @@ from lorafusion_jax.cli import (
     report,
     status,
     training,
+    verify,
 )
 from lorafusion_jax.errors import LoraFusionError, ResourceError
 
@@ -36,6 +37,7 @@ for _module in (
     ask,
     export,
     adapters,
+    verify,
 ):
     _module.register(app)
 

@@ -1,20 +1,18 @@
-"""Checkpoints that are whole and verified by content, and the lock of a run folder.
+"""Checkpoints that are whole and verified by content.
 
 Orbax makes a step visible only when it is whole, but restores a flipped bit or another dtype
-without a word. So each step carries a manifest with the SHA-256, dtype and shape of every leaf, and
-a restore that does not match falls back to the step before.
+without a word. So each step carries a manifest with the SHA-256, dtype and shape of every leaf. A
+step is written under another name, read back, and gets its own name only then; a restore that does
+not match falls back to the step before.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,27 +21,41 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from lorafusion_jax.errors import CheckpointError, ResourceError, RunLockedError
+from lorafusion_jax.errors import CheckpointError, ResourceError
+from lorafusion_jax.train.manifest import checked_record, describe, make_record
+from lorafusion_jax.train.retention import to_remove
 
-FORMAT_VERSION = 1
+FAULT_POINTS = ("begin", "written", "verified", "visible", "pruning")
+"""Moments of a save, in order, of which `Checkpoints` tells its hook."""
 
 type Leaves = dict[str, np.ndarray]
 
 
 class Restored(NamedTuple):
-    """A verified checkpoint: its step, the state's leaves by name, and the run's progress."""
+    """A verified checkpoint.
+
+    Attributes:
+        step: its number.
+        leaves: of the state, by name.
+        progress: of the run.
+        score: its held-out loss; None if it has none.
+    """
 
     step: int
     leaves: Leaves
     progress: dict[str, Any]
+    score: float | None = None
 
 
 def leaves_of(tree: PyTree) -> Leaves:
-    """Copies a tree of arrays to the host, by name."""
+    """Copies a tree of arrays to the host, by name.
+
+    Always a copy: on a CPU the host could otherwise look into a buffer that the next step reuses.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     values = jax.device_get([leaf for _, leaf in flat])
-    return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
+    return {name: np.array(value) for name, value in zip(names, values, strict=True)}
 
 
 def unflatten_like(tree: PyTree, leaves: Leaves) -> PyTree:
@@ -72,7 +84,7 @@ def tree_hash(tree: PyTree) -> str:
     """Returns the SHA-256 of a tree: names, dtypes, shapes and bytes of all leaves."""
     digest = hashlib.sha256()
     for name, leaf in sorted(leaves_of(tree).items()):
-        digest.update(json.dumps([name, _describe(leaf)]).encode())
+        digest.update(json.dumps([name, describe(leaf)]).encode())
     return digest.hexdigest()
 
 
@@ -81,54 +93,97 @@ class Checkpoints:
 
     Args:
         directory: holds one folder per step.
-        keep_last: how many of the newest steps to keep; older ones go only after a newer one was
-            read back and verified.
+        keep_last: how many of the newest steps to keep.
+        keep_best: how many of lowest held-out loss to keep besides.
         say: told about steps that cannot be used.
+        at: told when a save passes each of `FAULT_POINTS`; tests die there.
     """
 
     def __init__(
-        self, directory: Path, *, keep_last: int = 2, say: Callable[[str], None] = lambda _: None
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        say: Callable[[str], None] = lambda _: None,
+        at: Callable[[str], None] = lambda _: None,
     ):
-        self._directory, self._keep_last, self._say = directory.absolute(), keep_last, say
+        self._directory, self._say, self._at = directory.absolute(), say, at
+        self._keep_last, self._keep_best = keep_last, keep_best
         self._verified: set[int] = set()
+        self._scores: dict[int, float] = {}
 
     def steps(self) -> list[int]:
         """Returns the visible steps, ascending."""
         if not self._directory.is_dir():
             return []
-        return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+        return sorted(int(p.name) for p in self._directory.iterdir() if _is_step(p))
 
-    def save(self, step: int, state: PyTree, progress: dict[str, Any]) -> float:
+    def prepare(self) -> None:
+        """Creates the folder, so that one that has vanished is noticed later.
+
+        Raises:
+            CheckpointError: it cannot be created.
+        """
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._directory} cannot be created: {error.strerror}"
+            ) from error
+
+    def save(
+        self, step: int, state: PyTree, progress: dict[str, Any], score: float | None = None
+    ) -> float:
         """Saves and verifies a step, then removes those that retention no longer wants.
 
         Args:
             step: a number above those saved so far.
             state: tree of arrays.
             progress: JSON values to keep beside it.
+            score: held-out loss, for retention.
 
         Returns:
             Seconds taken.
 
         Raises:
-            CheckpointError: the step exists, or what was written reads back differently.
+            CheckpointError: the step is not the newest, or what was written reads back differently.
             ResourceError: the disk is full.
         """
         start = time.perf_counter()
-        if self._path(step).exists():
-            raise CheckpointError(f"{self._path(step)} was not written: it exists already")
-        leaves = leaves_of(state)
-        record = _record(leaves, progress)
-        try:
-            ocp.save_checkpointables(
-                str(self._path(step)), {"state": leaves}, custom_metadata=record
+        self.write(step, leaves_of(state), progress, score)
+        return time.perf_counter() - start
+
+    def write(
+        self, step: int, leaves: Leaves, progress: dict[str, Any], score: float | None = None
+    ) -> None:
+        """Saves leaves that are on the host already; see `save`."""
+        self._at("begin")
+        newest = max(self.steps(), default=-1)
+        if step <= newest:
+            raise CheckpointError(
+                f"{self._path(step)} was not written: expected a step above {newest}"
             )
+        if not self._directory.is_dir():
+            raise CheckpointError(
+                f"checkpoint {step} was not written: {self._directory} has vanished"
+            )
+        partial = self._directory / f"{step}{_PARTIAL}"
+        try:
+            if partial.exists():
+                shutil.rmtree(partial)
+            record = make_record(leaves, progress, score)
+            ocp.save_checkpointables(str(partial), {"state": leaves}, custom_metadata=record)
+            self._at("written")
+            self._load(partial, step)
+            self._at("verified")
+            partial.rename(self._path(step))
             _sync_directory(self._directory)
         except (OSError, ValueError) as error:
-            raise self._explain(step, error) from error
-        self._load(step)
-        self._verified.add(step)
+            raise self._explain(step, leaves, error) from error
+        self._note(step, score)
+        self._at("visible")
         self._prune()
-        return time.perf_counter() - start
 
     def restore(self, step: int | None = None) -> Restored | None:
         """Returns the newest step that verifies, or None where there is no step at all.
@@ -143,12 +198,11 @@ class Checkpoints:
         damage = []
         for candidate in reversed(steps):
             try:
-                restored = self._load(candidate)
+                restored = self.load(candidate)
             except CheckpointError as error:
                 damage.append(str(error))
                 self._say(f"{error}; trying the step before")
                 continue
-            self._verified.add(candidate)
             return restored
         if damage:
             raise CheckpointError(
@@ -156,29 +210,47 @@ class Checkpoints:
             )
         return None
 
+    def load(self, step: int) -> Restored:
+        """Returns a step, verified; changes nothing on the disk.
+
+        Raises:
+            CheckpointError: it is damaged; names the leaf or the file.
+        """
+        restored = self._load(self._path(step), step)
+        self._note(step, restored.score)
+        return restored
+
     def discard_after(self, step: int) -> None:
         """Removes steps newer than `step`: damaged ones that a restore skipped."""
         for newer in self.steps():
             if newer > step:
-                shutil.rmtree(self._path(newer))
+                self._remove(newer)
 
-    def sweep(self) -> list[str]:
-        """Removes what interrupted saves left behind; returns the names."""
+    def leftovers(self) -> list[str]:
+        """Returns the names of what interrupted saves left behind."""
         if not self._directory.is_dir():
             return []
-        names = [p.name for p in self._directory.iterdir() if not p.name.isdigit()]
+        return sorted(p.name for p in self._directory.iterdir() if not _is_step(p))
+
+    def sweep(self) -> list[str]:
+        """Removes the leftovers; returns their names."""
+        names = self.leftovers()
         for name in names:
             path = self._directory / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return names
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
-    def _load(self, step: int) -> Restored:
-        path = self._path(step)
+    def _note(self, step: int, score: float | None) -> None:
+        self._verified.add(step)
+        if score is not None:
+            self._scores[step] = score
+
+    def _load(self, path: Path, step: int) -> Restored:
         try:
-            record = _checked_record(ocp.checkpointables_metadata(str(path)).custom_metadata)
+            record = checked_record(ocp.checkpointables_metadata(str(path)).custom_metadata)
             abstract = {
                 name: np.empty(shape, dtype) for name, (_, dtype, shape) in record["leaves"].items()
             }
@@ -188,53 +260,58 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise many types for damaged files
             raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
         for name, expected in record["leaves"].items():
-            if _describe(leaves[name]) != expected:
+            if describe(leaves[name]) != expected:
                 raise CheckpointError(f"{path} is damaged: the content of {name} has changed")
-        return Restored(step, leaves, record["progress"])
+        return Restored(step, leaves, record["progress"], record.get("score"))
 
     def _prune(self) -> None:
-        for step in self.steps()[: -self._keep_last]:
-            shutil.rmtree(self._path(step))
-
-    def _explain(self, step: int, error: Exception) -> Exception:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
-            "No space left" in str(error)
+        steps = self.steps()
+        for step in to_remove(
+            steps,
+            verified=self._verified & {*steps},
+            scores=self._scores,
+            keep_last=self._keep_last,
+            keep_best=self._keep_best,
         ):
-            return ResourceError(
-                f"the disk is full: checkpoint {step} could not be written to {self._directory}; "
-                "earlier checkpoints are intact, free some space and run the same command again"
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Removes a step so that at no moment a part of it looks like one."""
+        removed = self._directory / f"{step}{_REMOVED}"
+        self._path(step).rename(removed)
+        self._at("pruning")
+        shutil.rmtree(removed)
+        self._verified.discard(step)
+        self._scores.pop(step, None)
+
+    def _explain(self, step: int, leaves: Leaves, error: Exception) -> Exception:
+        needed = sum(leaf.nbytes for leaf in leaves.values())
+        if isinstance(error, CheckpointError):
+            return error
+        if not self._directory.is_dir():
+            return CheckpointError(
+                f"checkpoint {step} was not written: {self._directory} has vanished"
             )
-        return CheckpointError(f"checkpoint {step} was not written: {_first_line(error)}")
-
-
-def _describe(leaf: np.ndarray) -> list[Any]:
-    content = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    return [hashlib.sha256(content).hexdigest(), str(leaf.dtype), list(leaf.shape)]
-
-
-def _record(leaves: Leaves, progress: dict[str, Any]) -> dict[str, Any]:
-    """The manifest and the progress, with a checksum of its own."""
-    body = {
-        "version": FORMAT_VERSION,
-        "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-        "progress": progress,
-    }
-    return {"sha256": _checksum(body), **body}
-
-
-def _checked_record(saved: Any) -> dict[str, Any]:
-    record = dict(saved or {})
-    if record.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"format version {record.get('version')!r}, this program reads {FORMAT_VERSION}"
+        if getattr(error, "errno", None) in _FULL or any(x in str(error) for x in _FULL_WORDS):
+            free = shutil.disk_usage(self._directory).free
+            return ResourceError(
+                f"the disk is full: checkpoint {step} of {needed} bytes could not be written to "
+                f"{self._directory}, which has {free} bytes free; earlier checkpoints are intact, "
+                "free some space and run the same command again"
+            )
+        return CheckpointError(
+            f"checkpoint {step} was not written to {self._directory}: {_first_line(error)}"
         )
-    if record.pop("sha256", None) != _checksum(record):
-        raise CheckpointError("damaged: its record does not match its checksum")
-    return record
 
 
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+_PARTIAL, _REMOVED = ".partial", ".removed"
+# EFBIG is what a quota of the process looks like.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isdecimal() and path.name.isascii() and path.is_dir()
 
 
 def _first_line(error: Exception) -> str:
@@ -248,26 +325,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
-    """Holds the run folder for this process; the system drops the lock when the process dies.
-
-    Raises:
-        RunLockedError: another process holds it; names its pid and host.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "an unknown process"
-            raise RunLockedError(
-                f"{directory} is in use by {owner}: wait for it, stop it, or choose another output"
-            ) from error
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield

@@ -167,10 +167,18 @@ class JobEnded:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSaved:
-    """A checkpoint is on disk and verified."""
+    """A checkpoint is on disk and verified.
+
+    Attributes:
+        step: microbatches done.
+        seconds: from the copy of the state until it was verified.
+        blocked: of them, seconds in which training stood still.
+        path: of the checkpoint.
+    """
 
     step: int
     seconds: float
+    blocked: float
     path: str
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from lorafusion_jax.lora.bank import put_slot, write_slot
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train import optimizer
+from lorafusion_jax.train.background import BackgroundSaver, SaveDone
 from lorafusion_jax.train.batch import JobRows, PackedBatch, pack, segment_bucket
-from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.delivery import Delivery
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import CheckpointSaved, JobEnded, Listener, Notice
@@ -42,7 +42,7 @@ class Run:
         programs: compiled steps.
         state: adapters and optimizer.
         folder: where results go.
-        checkpoints: where states go.
+        saver: of states.
         listener: told everything.
         facts: what identifies the run; saved with every checkpoint.
         progress: of each job.
@@ -59,7 +59,7 @@ class Run:
     programs: Programs
     state: TrainState
     folder: RunFolder
-    checkpoints: Checkpoints
+    saver: BackgroundSaver
     listener: Listener
     facts: dict[str, Any]
     progress: dict[str, JobProgress] = field(default_factory=dict)
@@ -124,6 +124,7 @@ class Run:
             self._train(index)
         self.tokens += sum(stretch.tokens() for stretch in microbatch.stretches)
         self._after(index)
+        self._tell_saved(self.saver.finished())
 
     def end_job(self, name: str, status: str, *, repack: bool = True) -> None:
         """Ends a job now: it keeps what it has learnt, and nothing more of it is trained.
@@ -173,9 +174,9 @@ class Run:
         self._replanner.close()
 
     def save(self) -> None:
-        """Saves a verified checkpoint of everything, unless this one exists."""
+        """Starts to save a checkpoint of everything, unless this one exists."""
         self._outcomes.settle()
-        if self.cursor in self.checkpoints.steps():
+        if self.saver.has(self.cursor):
             return
         change = self._replanner.pending
         progress = {
@@ -186,9 +187,26 @@ class Run:
             "ended": self.ended,
             "change": None if change is None else change.to_record(),
         }
-        seconds = self.checkpoints.save(self.cursor, self.state, progress)
-        path = str(self.folder.checkpoints / str(self.cursor))
-        self.listener(CheckpointSaved(self.cursor, seconds, path))
+        self._tell_saved(self.saver.save(self.cursor, self.state, progress, self._score()))
+
+    def finish_saving(self) -> None:
+        """Saves what is not saved yet, and waits until it is on disk and verified."""
+        self.save()
+        self._tell_saved(self.saver.wait())
+
+    def _tell_saved(self, saves: list[SaveDone]) -> None:
+        for save in saves:
+            path = str(self.folder.checkpoints / str(save.step))
+            self.listener(CheckpointSaved(save.step, save.seconds, save.blocked, path))
+
+    def _score(self) -> float | None:
+        """Mean held-out loss of all jobs as of now; None if one has nothing held out."""
+        losses = [
+            progress.base_loss if progress.eval_loss is None else progress.eval_loss
+            for progress in self.progress.values()
+        ]
+        known = [loss for loss in losses if loss is not None]
+        return sum(known) / len(known) if len(known) == len(losses) else None
 
     def _train(self, index: int) -> None:
         """Dispatches one microbatch, and the update of the slots whose global batch it ends."""
@@ -305,4 +323,5 @@ class Run:
         if save or self.finished or failure is not None:
             self.save()
         if failure is not None:
+            self.finish_saving()
             raise failure

@@ -13,6 +13,7 @@ from lorafusion_jax.lora.bank import (
     with_patterns,
 )
 from lorafusion_jax.models.hf_weights import Base
+from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.evaluate import Evaluator
 from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
 from lorafusion_jax.train.jobs import TrainJob
@@ -42,6 +43,7 @@ def prepare_run(
     folder: RunFolder,
     schedule: Schedule,
     saved: Saved,
+    saver: BackgroundSaver,
     listener: Listener,
 ) -> Run:
     """Puts an adapter bank beside the base model and restores what was saved.
@@ -53,6 +55,7 @@ def prepare_run(
         folder: where results go.
         schedule: plan and slots.
         saved: what the run goes on from.
+        saver: of its states.
         listener: told about the plan first.
     """
     tile = schedule.plan.tile
@@ -81,7 +84,7 @@ def prepare_run(
         programs=programs,
         state=state,
         folder=folder,
-        checkpoints=saved.checkpoints,
+        saver=saver,
         listener=listener,
         facts=run_facts(config, base, jobs, to_json(schedule.plan)),
         progress={name: JobProgress(**values) for name, values in saved.progress.items()},

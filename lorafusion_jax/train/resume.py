@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,12 @@ class Saved:
 
 
 def find_saved(
-    folder: RunFolder, config: RunConfig, base: Base, jobs: Sequence[TrainJob], resume: str
+    folder: RunFolder,
+    config: RunConfig,
+    base: Base,
+    jobs: Sequence[TrainJob],
+    resume: str,
+    at: Callable[[str], None] = lambda _: None,
 ) -> Saved:
     """Finds the newest usable checkpoint of this run, and sweeps what cannot be used.
 
@@ -146,19 +151,27 @@ def find_saved(
         base: of this run.
         jobs: of this run.
         resume: see `MultiTrainer.fit`.
+        at: see `Checkpoints`.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used.
         ConfigError: they belong to another run; says what has changed.
     """
     notices: list[str] = []
-    keep_last = max(job.config.save.keep_last for job in jobs)
-    own = Checkpoints(folder.checkpoints, keep_last=keep_last, say=notices.append)
+    own = Checkpoints(
+        folder.checkpoints,
+        keep_last=max(job.config.save.keep_last for job in jobs),
+        keep_best=max(job.config.save.keep_best for job in jobs),
+        say=notices.append,
+        at=at,
+    )
     if resume == "never":
         folder.remove_run()
+        own.prepare()
         return Saved(own)
     restored = own.restore() if resume == "auto" else _restore_from(Path(resume), notices)
     if restored is None:
+        own.prepare()
         own.sweep()
         return Saved(own)
     joined = check_same_run(restored.progress, config, base, jobs)
@@ -168,6 +181,7 @@ def find_saved(
         raise CheckpointError(f"checkpoint {restored.step}: {error}") from error
     if resume != "auto":
         _adopt_files(Path(resume), folder)
+    own.prepare()
     own.sweep()
     own.discard_after(restored.step)
     saved = Saved(own, restored, plan, tuple(joined))

@@ -1,7 +1,7 @@
 """Training many adapters at once, told from beginning to end by `MultiTrainer.fit`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from lorafusion_jax.config import (
 )
 from lorafusion_jax.errors import ConfigError, ResourceError
 from lorafusion_jax.models.hf_weights import Base, load_base
-from lorafusion_jax.train.checkpoint import run_lock
+from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.events import Event, Listener, RunEnded
 from lorafusion_jax.train.jobs import Data, TrainJob, resolve_job
+from lorafusion_jax.train.lock import run_lock
 from lorafusion_jax.train.loop import Run
 from lorafusion_jax.train.metrics import RunWriter, write_summary
 from lorafusion_jax.train.prepare import prepare_run, tile_rows
@@ -82,6 +83,8 @@ class MultiTrainer:
         self._jobs: list[tuple[JobConfig, Data]] = []
         self._config: RunConfig | None = None
         self._source: Path | None = None
+        # Told when a save passes each of its fault points; crash tests die there.
+        self._at: Callable[[str], None] = lambda _: None
 
     def add_job(
         self,
@@ -167,21 +170,19 @@ class MultiTrainer:
         ]
         folder = RunFolder(self._output)
         with run_lock(folder.path), StopSignals() as signals, _explained_memory(config):
-            saved = find_saved(folder, config, self._base, jobs, resume)
+            saved = find_saved(folder, config, self._base, jobs, resume, self._at)
             schedule = self._schedule(config, jobs, saved)
             folder.write_start(config, to_json(schedule.plan), self._source)
-            with RunWriter(folder, config.report.every, saved.cursor) as writer:
+            with (
+                RunWriter(folder, config.report.every, saved.cursor) as writer,
+                BackgroundSaver(saved.checkpoints) as saver,
+            ):
                 listener = _fan_out(writer, self._listener)
-                run = prepare_run(self._base, config, jobs, folder, schedule, saved, listener)
+                run = prepare_run(
+                    self._base, config, jobs, folder, schedule, saved, saver, listener
+                )
                 with closing(run):
-                    run.compile_ahead()
-                    run.evaluate_base()
-                    while not run.finished:
-                        run.run_microbatch()
-                        if signals.received is not None:
-                            run.save()
-                            raise StoppedError(_how_to_go_on(run), signals.received)
-                    run.save()
+                    _drive(run, signals)
                 listener(RunEnded(time.perf_counter() - start, run.tokens, _peak_bytes()))
             write_summary(folder, jobs, run.progress)
         return collect_results(folder, run.progress)
@@ -258,6 +259,22 @@ def _config_errors(what: str) -> Iterator[None]:
             for e in error.errors()
         ]
         raise ConfigError(f"{what}: " + "; ".join(problems)) from error
+
+
+def _drive(run: Run, signals: StopSignals) -> None:
+    """Takes a run to its end.
+
+    Raises:
+        StoppedError: a signal came; all is saved.
+    """
+    run.compile_ahead()
+    run.evaluate_base()
+    while not run.finished:
+        run.run_microbatch()
+        if signals.received is not None:
+            run.finish_saving()
+            raise StoppedError(_how_to_go_on(run), signals.received)
+    run.finish_saving()
 
 
 @contextmanager

@@ -8,15 +8,16 @@ import sys
 import numpy as np
 import pytest
 
-from lorafusion_jax.errors import CheckpointError, ResourceError, RunLockedError
-from lorafusion_jax.train import checkpoint
+from lorafusion_jax.errors import CheckpointError, ConfigError, ResourceError, RunLockedError
+from lorafusion_jax.train import checkpoint, manifest
+from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.checkpoint import (
     Checkpoints,
     leaves_of,
-    run_lock,
     tree_hash,
     unflatten_like,
 )
+from lorafusion_jax.train.lock import run_lock
 from tests.tolerance import assert_bit_equal
 
 
@@ -44,6 +45,7 @@ def messages():
 @pytest.fixture
 def checkpoints(tmp_path, messages):
     store = Checkpoints(tmp_path / "checkpoints", keep_last=2, say=messages.append)
+    store.prepare()
     for step in (1, 2):
         store.save(step, state(step), PROGRESS | {"cursor": step})
     return store
@@ -74,8 +76,9 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(checkpoints, messages, tm
     step, spare = tmp_path / "checkpoints" / "2", tmp_path / "spare"
     shutil.copytree(step, spare)
     fallbacks = 0
-    for path in files_of(checkpoints, tmp_path, 2):
-        for _ in range(3 if path.stat().st_size else 0):
+    files = [path for path in files_of(checkpoints, tmp_path, 2) if path.stat().st_size]
+    for path in files:
+        for _ in range(-(-50 // len(files))):
             content = bytearray(path.read_bytes())
             position = int(rng.integers(len(content) * 8))
             content[position // 8] ^= 1 << position % 8
@@ -96,7 +99,8 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(checkpoints, messages, tm
 @pytest.mark.scenario("A3")
 def test_without_hashes_a_flipped_bit_comes_back_silently(monkeypatch, tmp_path):
     """The negative control of the test above."""
-    monkeypatch.setattr(checkpoint, "_describe", lambda x: ["", str(x.dtype), list(x.shape)])
+    for module in (checkpoint, manifest):
+        monkeypatch.setattr(module, "describe", lambda x: ["", str(x.dtype), list(x.shape)])
     store = Checkpoints(tmp_path)
     store.save(1, state(1), PROGRESS)
     largest = max(tmp_path.rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -143,7 +147,7 @@ def test_nothing_usable_is_an_error_that_names_all(checkpoints, tmp_path):
 
 
 def test_another_dtype_is_refused(checkpoints, monkeypatch):
-    real = checkpoint._checked_record
+    real = checkpoint.checked_record
 
     def widened(saved):
         record = real(saved)
@@ -151,7 +155,7 @@ def test_another_dtype_is_refused(checkpoints, monkeypatch):
         record["leaves"]["count"] = [digest, "float32", shape]
         return record
 
-    monkeypatch.setattr(checkpoint, "_checked_record", widened)
+    monkeypatch.setattr(checkpoint, "checked_record", widened)
     with pytest.raises(CheckpointError, match="count"):
         checkpoints.restore()
 
@@ -170,26 +174,88 @@ def test_another_tree_is_refused(checkpoints, change, message):
         unflatten_like(change(state(2)), checkpoints.restore().leaves)
 
 
+@orbax_leaves_tasks
+@pytest.mark.scenario("A4")
+def test_what_is_no_checkpoint_is_never_taken_for_one(checkpoints, messages, tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "3").write_text("a file")
+    (folder / "4").mkdir()
+    (folder / "4" / "notes.txt").write_text("mine")
+    shutil.copytree(folder / "2", folder / "5")
+    (folder / "5" / "_CHECKPOINT_METADATA").unlink()  # holds our manifest
+    (folder / "2" / "foreign.bin").write_bytes(b"x")
+    shutil.copytree(folder / "1" / "state", folder / "2" / "state" / "more")
+    assert checkpoints.steps() == [1, 2, 4, 5]
+    assert_bit_equal(checkpoints.restore().leaves, leaves_of(state(2)))
+    assert [str(folder / step) in m for step, m in zip("54", messages, strict=True)] == [True] * 2
+
+
+@pytest.mark.scenario("A4")
+def test_another_steps_arrays_are_not_taken_for_its_own(checkpoints, tmp_path):
+    """Whole files of orbax, in the wrong place."""
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "2" / "state")
+    shutil.copytree(folder / "1" / "state", folder / "2" / "state")
+    assert checkpoints.restore().step == 1
+
+
 @pytest.mark.scenario("A11")
-def test_an_existing_step_is_never_replaced(checkpoints):
-    with pytest.raises(CheckpointError, match=r"/2 was not written"):
-        checkpoints.save(2, state(7), PROGRESS)
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_existing_or_older_step_is_never_replaced(checkpoints, step):
+    with pytest.raises(CheckpointError, match=rf"/{step} was not written: expected a step above 2"):
+        checkpoints.save(step, state(7), PROGRESS)
     assert_bit_equal(checkpoints.restore().leaves, leaves_of(state(2)))
 
 
+@pytest.mark.scenario("A11")
+def test_saves_in_the_background_back_to_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    done = []
+    with BackgroundSaver(checkpoints) as saver:
+        for step in range(30):
+            changing = state(step)
+            done += saver.save(step, changing, {"cursor": step}, None)
+            changing["count"] += 1000  # what is saved is what was there at the call
+            assert saver.has(step)
+        done += saver.wait()
+    assert [save.step for save in done] == list(range(30))
+    assert all(0 <= save.blocked and 0 < save.seconds for save in done)
+    for step in checkpoints.steps():
+        assert_bit_equal(checkpoints.load(step).leaves, leaves_of(state(step)))
+    assert checkpoints.steps() == [27, 28, 29]
+
+
+@pytest.mark.scenario("A6", "A11")
+def test_what_fails_in_the_background_is_raised_by_the_next_call(checkpoints, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", full)
+    for ask in (BackgroundSaver.wait, lambda saver: saver.save(4, state(4), {}, None)):
+        with BackgroundSaver(checkpoints) as saver:
+            saver.save(3, state(3), PROGRESS, None)
+            with pytest.raises(ResourceError, match="disk is full"):
+                ask(saver)
+    with pytest.raises(ResourceError), BackgroundSaver(checkpoints) as saver:
+        saver.save(3, state(3), PROGRESS, None)  # nobody asks: leaving does
+    assert checkpoints.restore().step == 2
+
+
+@pytest.mark.scenario("A10")
 def test_old_steps_go_when_a_newer_one_is_verified(checkpoints):
     checkpoints.save(3, state(3), PROGRESS)
     assert checkpoints.steps() == [2, 3]
 
 
+@pytest.mark.scenario("A10")
 def test_nothing_goes_when_the_newer_one_does_not_verify(checkpoints, monkeypatch):
-    def refuse(step):
+    def refuse(path, step):
         raise CheckpointError("reads back differently")
 
     monkeypatch.setattr(checkpoints, "_load", refuse)
     with pytest.raises(CheckpointError, match="reads back"):
         checkpoints.save(3, state(3), PROGRESS)
-    assert {1, 2} <= set(checkpoints.steps())
+    assert checkpoints.steps() == [1, 2]
 
 
 def test_leftovers_are_swept_and_never_taken_for_steps(checkpoints, tmp_path):
@@ -202,14 +268,58 @@ def test_leftovers_are_swept_and_never_taken_for_steps(checkpoints, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
 
 
-def test_a_full_disk_is_explained(checkpoints, monkeypatch):
+@pytest.mark.scenario("A6")
+@pytest.mark.parametrize(
+    "error", [OSError(28, "x"), OSError(122, "x"), ValueError("a No space left")]
+)
+def test_a_full_disk_is_explained(checkpoints, monkeypatch, tmp_path, error):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", full)
-    with pytest.raises(ResourceError, match=r"disk is full.*earlier checkpoints are intact"):
+    with pytest.raises(
+        ResourceError, match=r"disk is full.*earlier checkpoints are intact"
+    ) as told:
         checkpoints.save(3, state(3), PROGRESS)
+    needed = sum(leaf.nbytes for leaf in leaves_of(state(3)).values())
+    assert f"of {needed} bytes" in str(told.value) and str(tmp_path) in str(told.value)
+    assert told.value.exit_code == 5
     assert checkpoints.restore().step == 2
+
+
+@pytest.mark.scenario("A7")
+def test_a_folder_that_has_vanished_is_not_made_again(checkpoints, tmp_path):
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="has vanished"):
+        checkpoints.save(3, state(3), PROGRESS)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.scenario("A7")
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=r"file/run cannot be written"),
+        run_lock(tmp_path / "file" / "run"),
+    ):
+        pass
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ConfigError, match="Permission denied"), run_lock(tmp_path):
+        pass
+
+
+@pytest.mark.scenario("A7")
+def test_a_read_only_folder_is_named_when_saving(checkpoints, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", refuse)
+    with pytest.raises(CheckpointError, match=rf"written to {tmp_path}.*Permission denied"):
+        checkpoints.save(3, state(3), PROGRESS)
 
 
 def test_hash_sees_names_dtypes_shapes_and_bits():
@@ -228,7 +338,7 @@ def test_hash_sees_names_dtypes_shapes_and_bits():
 HOLD = """
 import sys, time
 from pathlib import Path
-from lorafusion_jax.train.checkpoint import run_lock
+from lorafusion_jax.train.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
