@@ -101,9 +101,12 @@ class RunTrainConfig(Section):
 
     Attributes:
         remat: which activations are recomputed in the backward pass to save memory.
+        deterministic: the same run gives the same bits on a GPU too, at some cost in speed; on a
+            CPU it always does.
     """
 
     remat: Literal["none", "attention", "full"] = "none"
+    deterministic: bool = False
 
 
 class ReportConfig(Section):

@@ -1,26 +1,40 @@
 """Causal attention that never crosses a sample, behind one switch.
 
-`xla` never stores anything quadratic: the backward pass recomputes the probabilities from the
-log-sum-exp of each row (Dao et al. 2022, arXiv 2205.14135), and rows longer than a query chunk are
-worked off chunk by chunk in order, so that results are bit-repeatable.
+`cudnn` is the fastest on a GPU; `xla` runs everywhere, does all that is asked of it and repeats its
+bits. An implementation refuses what it cannot do with a reason (NotImplementedError), and the next
+one is taken.
 
 A masked product still turns `0 * NaN` into NaN. So samples that hold anything non-finite are set
-to zero on the way in and to NaN on the way out, forward and backward: the whole sample is NaN, and
-no other sample changes by a bit. Padding rows are samples of one row.
+to zero on the way in and to NaN on the way out, forward and backward, whatever the implementation:
+the whole sample is NaN, and no other sample changes by a bit. Padding rows are samples of one row.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-type Implementation = Literal["xla"]
+from lorafusion_jax.models import attention_cudnn, attention_xla
+from lorafusion_jax.models.attention_cudnn import Operand
+from lorafusion_jax.models.attention_xla import Scoring
 
-_QUERY_CHUNK = 512
-_UNCHUNKED_ROWS = 2048
+type Implementation = Literal["cudnn", "xla"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Demands:
+    """What a run asks of attention; static.
+
+    Attributes:
+        deterministic: take an implementation that repeats its bits.
+    """
+
+    deterministic: bool = False
 
 
 class Segments(NamedTuple):
@@ -28,26 +42,14 @@ class Segments(NamedTuple):
 
     Attributes:
         start: first row of the row's own sample; padding rows are their own start.
-        offsets: first row of each sample and one past the last, padded with T, for
-            implementations that walk over samples; its length M + 1 is static.
+        offsets: first row of each sample and of each run of padding, and one past the last, padded
+            with T, for implementations that walk over samples; its length M + 1 is static.
+        demands: what the run asks of attention.
     """
 
     start: Int[Array, " T"]
     offsets: Int[Array, " M1"]
-
-
-class Scoring(NamedTuple):
-    """How scores come from queries and keys; static.
-
-    Attributes:
-        scale: factor of the products.
-        softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2; None leaves them.
-        window: rows that a row sees at most, itself included and the last ones; None for all.
-    """
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
+    demands: Demands = Demands()
 
 
 def attention(
@@ -71,7 +73,7 @@ def attention(
         window: a row sees the last `window` rows of its sample, itself included; None for all.
         softcap: scores become softcap * tanh(scores / softcap); None leaves them as they are.
         scale: factor of the scores; None for 1 / sqrt(D).
-        implementation: "xla", or None for the best one here.
+        implementation: "cudnn", "xla", or None for the first one that can.
 
     Returns:
         The attended values in q's dtype.
@@ -79,13 +81,24 @@ def attention(
     Raises:
         ValueError: unknown implementation, H is no multiple of G, or a window or soft cap that is
             not positive.
+        NotImplementedError: the implementation asked for cannot do this; the reason.
     """
     scoring = _scoring(q, window, softcap, scale)
-    if implementation not in (None, "xla"):
-        raise ValueError(f"{implementation=} is unknown: expected 'xla'")
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        known = " or ".join(map(repr, _IMPLEMENTATIONS))
+        raise ValueError(f"{implementation=} is unknown: expected {known}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    return _attention_xla(q, k, v, segments.start, scoring)
+    if implementation is None:
+        implementation = choose(q, k, segments, scoring)
+    elif implementation == "cudnn" and (reason := attention_cudnn.refusal(q, k, segments, scoring)):
+        raise NotImplementedError(f"cudnn: {reason}")
+    return _guarded((_IMPLEMENTATIONS[implementation], scoring), q, k, v, segments)
+
+
+def choose(q: Operand, k: Operand, segments: Segments, scoring: Scoring) -> Implementation:
+    """Returns the implementation that `attention` takes for operands of these shapes."""
+    return "xla" if attention_cudnn.refusal(q, k, segments, scoring) else "cudnn"
 
 
 def cached_attention(
@@ -119,7 +132,7 @@ def cached_attention(
         visible &= rows > positions - window
 
     def of_one(q, k, v, visible):
-        return _attend(q, k, v, visible, scoring)[0]
+        return attention_xla.attend_to(q, k, v, visible, scoring)[0]
 
     return jax.vmap(of_one)(q, k, v, visible)
 
@@ -132,122 +145,40 @@ def _scoring(q: Array, window: int | None, softcap: float | None, scale: float |
     return Scoring(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, window)
 
 
-def _attend(
-    q: Float[Array, "Q H D"],
-    k: Float[Array, "T G D"],
-    v: Float[Array, "T G D"],
-    visible: Bool[Array, "Q T"],
-    scoring: Scoring,
-) -> tuple[Float[Array, "Q H D"], Float[Array, "Q G H_G"]]:
-    """Attention and the log-sum-exp of its scores, both by f32 softmax."""
-    acc = _accumulator_dtype(q)
-    scores = jnp.where(visible, _scores(q, k, scoring), -jnp.inf)
-    log_sum = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.exp(scores - log_sum[..., None]).astype(v.dtype)
-    out = jnp.einsum("ghqt,tgd->qghd", weights, v, preferred_element_type=acc)
-    return out.reshape(q.shape).astype(q.dtype), jnp.moveaxis(log_sum, -1, 0)
+def _by_xla(q, k, v, segments: Segments, scoring: Scoring):
+    return attention_xla.attend(q, k, v, segments.start, scoring)
 
 
-def _attend_backward(q, k, v, visible, scoring: Scoring, log_sum, dout, taken):
-    """Gradients of `_attend`; `taken` is the sum of dout * out over D, [Q, G, H_G]."""
-    acc = _accumulator_dtype(q)
-    grouped = log_sum.shape + q.shape[2:]
-    q_rows, dout = q.reshape(grouped), dout.reshape(grouped)
-    scores = _scores(q, k, scoring)
-    weights = jnp.exp(
-        jnp.where(visible, scores, -jnp.inf) - jnp.moveaxis(log_sum, 0, -1)[..., None]
-    )
-    dweights = jnp.einsum("qghd,tgd->ghqt", dout, v, preferred_element_type=acc)
-    dscores = weights * (dweights - jnp.moveaxis(taken, 0, -1)[..., None]) * scoring.scale
-    if scoring.softcap is not None:
-        dscores = dscores * (1.0 - jnp.square(scores / scoring.softcap))
-    dscores = jnp.where(visible, dscores, 0.0)  # dweights of a neighbour may have overflowed
-    weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
-    dq = jnp.einsum("ghqt,tgd->qghd", dscores, k, preferred_element_type=acc)
-    dk = jnp.einsum("ghqt,qghd->tgd", dscores, q_rows, preferred_element_type=acc)
-    dv = jnp.einsum("ghqt,qghd->tgd", weights, dout, preferred_element_type=acc)
-    return dq.reshape(q.shape), dk, dv
+def _by_cudnn(q, k, v, segments: Segments, scoring: Scoring):
+    return attention_cudnn.attend(q, k, v, segments.offsets, scoring)
 
 
-def _scores(q, k, scoring: Scoring) -> Float[Array, "G H_G Q T"]:
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-    acc = _accumulator_dtype(q)
-    scores = jnp.einsum("qghd,tgd->ghqt", grouped, k, preferred_element_type=acc)
-    scores = scores * scoring.scale
-    if scoring.softcap is None:
-        return scores
-    return scoring.softcap * jnp.tanh(scores / scoring.softcap)
+_IMPLEMENTATIONS: dict[Implementation, Callable] = {"cudnn": _by_cudnn, "xla": _by_xla}
 
 
-def _accumulator_dtype(x: Array) -> np.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _guarded(what: tuple[Callable, Scoring], q, k, v, segments: Segments):
+    """Runs an implementation that may spread what is not finite, and keeps it in its sample."""
+    return _guarded_forward(what, q, k, v, segments)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention_xla(q, k, v, start, scoring: Scoring):
-    return _forward(q, k, v, start, scoring)[0]
+def _guarded_forward(what, q, k, v, segments: Segments):
+    function, scoring = what
+    bad = _samples_with(_nonfinite(q) | _nonfinite(k) | _nonfinite(v), segments.start)
+    finite = tuple(_fill(bad, x, 0.0) for x in (q, k, v))
+    out, pull = jax.vjp(lambda q, k, v: function(q, k, v, segments, scoring), *finite)
+    bad = _samples_with(bad | _nonfinite(out), segments.start)
+    return _fill(bad, out, jnp.nan), (pull, bad, segments)
 
 
-def _forward(q, k, v, start, scoring: Scoring):
-    bad = _samples_with(_nonfinite(q) | _nonfinite(k) | _nonfinite(v), start)
-    q, k, v = (_fill(bad, x, 0.0) for x in (q, k, v))
-
-    def chunk(carry, args):
-        rows, q_rows = args
-        return carry, _attend(q_rows, k, v, _visible(rows, start, scoring.window), scoring)
-
-    _, (out, log_sum) = _over_chunks(chunk, (), (jnp.arange(q.shape[0]), q))
-    bad = _samples_with(bad | _nonfinite(out), start)
-    return _fill(bad, out, jnp.nan), (q, k, v, start, bad, out, log_sum)
+def _guarded_backward(what, residuals, dout):
+    pull, bad, segments = residuals
+    bad = _samples_with(bad | _nonfinite(dout), segments.start)
+    gradients = pull(_fill(bad, dout, 0.0))
+    return (*(_fill(bad, gradient, jnp.nan) for gradient in gradients), None)
 
 
-def _backward(scoring: Scoring, residuals, dout):
-    q, k, v, start, bad, out, log_sum = residuals
-    bad = _samples_with(bad | _nonfinite(dout), start)
-    q, k, v, out, log_sum, dout = (_fill(bad, x, 0.0) for x in (q, k, v, out, log_sum, dout))
-    acc = _accumulator_dtype(q)
-    taken = jnp.sum(dout.astype(acc) * out.astype(acc), axis=-1).reshape(log_sum.shape)
-
-    def chunk(sums, args):
-        rows, q_rows, *rest = args
-        visible = _visible(rows, start, scoring.window)
-        dq, dk, dv = _attend_backward(q_rows, k, v, visible, scoring, *rest)
-        return (sums[0] + dk, sums[1] + dv), dq
-
-    zeros = (jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc))
-    rows = jnp.arange(q.shape[0])
-    (dk, dv), dq = _over_chunks(chunk, zeros, (rows, q, log_sum, dout, taken))
-    return (*(_fill(bad, d.astype(q.dtype), jnp.nan) for d in (dq, dk, dv)), None)
-
-
-_attention_xla.defvjp(_forward, _backward)
-
-
-def _over_chunks(body, carry, args):
-    """Scans `body` over chunks of query rows; short rows are one chunk.
-
-    Rows that fill up the last chunk are copies of row 0 with zero gradient, and are cut off.
-    """
-    num_rows = args[0].shape[0]
-    if num_rows <= _UNCHUNKED_ROWS:
-        return body(carry, args)
-    missing = -num_rows % _QUERY_CHUNK
-
-    def split(x):
-        padded = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(-1, _QUERY_CHUNK, *x.shape[1:])
-
-    carry, outs = jax.lax.scan(body, carry, jax.tree.map(split, args))
-    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], outs)
-
-
-def _visible(
-    rows: Int[Array, " Q"], start: Int[Array, " T"], window: int | None
-) -> Bool[Array, "Q T"]:
-    keys, first = jnp.arange(start.shape[0]), start[rows]
-    if window is not None:
-        first = jnp.maximum(first, rows - (window - 1))
-    return (keys >= first[:, None]) & (keys <= rows[:, None])
+_guarded.defvjp(_guarded_forward, _guarded_backward)
 
 
 def _nonfinite(x: Float[Array, "T _ _"]) -> Bool[Array, " T"]:

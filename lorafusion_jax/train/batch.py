@@ -87,9 +87,9 @@ def num_segments(microbatch: Microbatch) -> int:
 
 
 def segment_bucket(microbatches: Iterable[Microbatch]) -> int:
-    """Returns the static M for these microbatches: a power of two, so that plans share programs."""
+    """Returns the static M for these microbatches: 16, 32, 64, ... so that plans share programs."""
     most = max((num_segments(m) for m in microbatches), default=1)
-    return 1 << (most - 1).bit_length()
+    return max(16, 1 << (most - 1).bit_length())
 
 
 def pack(

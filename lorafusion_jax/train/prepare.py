@@ -73,7 +73,12 @@ def prepare_run(
     for notice in saved.notices:
         listener(Notice(notice))
     capacity = max(m.capacity for m in schedule.plan.microbatches)
-    model = Model(graphdef, config.train.remat, loss_chunk(base.config.vocab_size, capacity))
+    model = Model(
+        graphdef,
+        config.train.remat,
+        loss_chunk(base.config.vocab_size, capacity),
+        config.train.deterministic,
+    )
     programs = Programs(model, frozen, listener)
     run = Run(
         base=base,

@@ -24,6 +24,10 @@ from lorafusion_jax.train.step import (
     update_step,
 )
 
+# XLA then picks, or asks its libraries for, algorithms that repeat their bits. Other platforms
+# ignore the option.
+_REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}
+
 
 class _Key(NamedTuple):
     """What tells programs apart: the name, the capacity (0 for the update) and M."""
@@ -52,10 +56,11 @@ class Programs:
         listener: Callable[[Compiling], None] = lambda _: None,
     ):
         self._frozen, self._listener = frozen, listener
+        jit = partial(jax.jit, compiler_options=_REPEATABLE if model.deterministic else None)
         self._jitted = {
-            "train": jax.jit(partial(train_step, model), donate_argnums=0),
-            "update": jax.jit(update_step, donate_argnums=0),
-            "eval": jax.jit(partial(eval_step, model)),
+            "train": jit(partial(train_step, model), donate_argnums=0),
+            "update": jit(update_step, donate_argnums=0),
+            "eval": jit(partial(eval_step, model)),
         }
         self._compiling: dict[_Key, Future[tuple[jax.stages.Compiled, float]]] = {}
         self._compiled: dict[_Key, jax.stages.Compiled] = {}

@@ -19,7 +19,7 @@ from lorafusion_jax.lora.bank import (
     mask_gradients,
     merge_adapters,
 )
-from lorafusion_jax.models.attention import Segments
+from lorafusion_jax.models.attention import Demands, Segments
 from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.batch import PackedBatch
 from lorafusion_jax.train.loss import TokenLosses, sum_by_slot, token_losses
@@ -71,11 +71,13 @@ class Model(NamedTuple):
         graphdef: of the decoder with adapter stacks attached.
         remat: rematerialisation policy of the backward pass.
         loss_chunk: rows whose logits exist at a time.
+        deterministic: take only what repeats its bits.
     """
 
     graphdef: nnx.GraphDef
     remat: str
     loss_chunk: int
+    deterministic: bool = False
 
 
 def loss_chunk(vocab_size: int, capacity: int) -> int:
@@ -114,7 +116,8 @@ def _token_losses(
     bank = bank._replace(a=adapters["a"], b=adapters["b"])
     decoder = merge_adapters(model.graphdef, frozen, bank)
     context = lora_context(bank, batch.tile_adapter, batch.row_key, train=train)
-    segments = Segments(batch.segment_start, batch.segment_offsets)
+    demands = Demands(deterministic=model.deterministic)
+    segments = Segments(batch.segment_start, batch.segment_offsets, demands)
     remat = model.remat if train else "none"
     hidden = decoder(batch.tokens, batch.positions, segments, context, remat=remat)  # pyright: ignore[reportCallIssue]
     head = decoder.head_weight()  # pyright: ignore[reportAttributeAccessIssue]
