@@ -4,6 +4,9 @@ The forward pass computes, chunk by chunk, the losses *and* their gradient with 
 hidden states, so the backward pass only scales rows and no logits are computed twice or kept (the
 idea of Liger-Kernel's fused linear cross-entropy). Rows without supervision are not computed at
 all: the supervised ones are gathered to the front and the loop stops after the last of them.
+
+With e = exp(logits - max), the gradient of a row is (e W) / sum(e) - W[label]: one pass over the
+logits less than by way of the probabilities.
 """
 
 from functools import partial
@@ -26,13 +29,14 @@ class TokenLosses(NamedTuple):
     correct: Bool[Array, " T"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def token_losses(
     hidden: Float[Array, "T d"],
     head: Float[Array, "V d"],
     labels: Int[Array, " T"],
     weight: Float[Array, " T"],
     chunk: int,
+    softcap: float | None = None,
 ) -> TokenLosses:
     """Computes the weighted cross-entropy of each row against its label.
 
@@ -45,14 +49,15 @@ def token_losses(
         labels: token id that each row should predict.
         weight: loss weight of each row, 0 for unsupervised ones.
         chunk: rows whose logits exist at the same time.
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2; None leaves them.
 
     Returns:
         Losses in float32 (float64 for float64 inputs) and whether the arg-max is right.
     """
-    return _forward(hidden, head, labels, weight, chunk, with_gradient=False)[0]
+    return _forward(hidden, head, labels, weight, chunk, softcap, with_gradient=False)[0]
 
 
-def _forward(hidden, head, labels, weight, chunk, *, with_gradient: bool):
+def _forward(hidden, head, labels, weight, chunk, softcap, *, with_gradient: bool):
     num_rows = hidden.shape[0]
     acc = jnp.promote_types(hidden.dtype, jnp.float32)
     padded = -(-num_rows // chunk) * chunk
@@ -70,7 +75,12 @@ def _forward(hidden, head, labels, weight, chunk, *, with_gradient: bool):
         row_weight = jnp.where(is_live, weight[rows], 0).astype(acc)
         label = labels[rows]
         logits = jax.lax.dot_general(h, head, (((1,), (1,)), ((), ())), preferred_element_type=acc)
-        log_z = jax.nn.logsumexp(logits, axis=1)
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        top = jnp.max(logits, axis=1, keepdims=True)
+        exponentials = jnp.exp(logits - top)
+        total = jnp.sum(exponentials, axis=1, keepdims=True)
+        log_z = (jnp.log(total) + top)[:, 0]
         label_logit = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
         # Rows past the last live one would write to row 0: send them out of bounds instead.
         target = jnp.where(is_live, rows, num_rows)
@@ -78,12 +88,18 @@ def _forward(hidden, head, labels, weight, chunk, *, with_gradient: bool):
         hit = jnp.argmax(logits, axis=1) == label
         correct = correct.at[target].set(hit, mode="drop")
         if with_gradient:
-            is_label = jnp.arange(logits.shape[1])[None, :] == label[:, None]
-            dlogits = jnp.exp(logits - log_z[:, None]) - is_label.astype(acc)
-            dlogits = (dlogits * row_weight[:, None]).astype(hidden.dtype)
-            dh = jax.lax.dot_general(
-                dlogits, head, (((1,), (0,)), ((), ())), preferred_element_type=acc
+            of_label = jnp.ones_like(label_logit)
+            if softcap is not None:
+                exponentials = exponentials * (1 - jnp.square(logits / softcap))
+                of_label = 1 - jnp.square(label_logit / softcap)
+            mean = jax.lax.dot_general(
+                exponentials.astype(hidden.dtype),
+                head,
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=acc,
             )
+            dh = mean / total - of_label[:, None] * head[label].astype(acc)
+            dh = dh * row_weight[:, None]
             dhidden = dhidden.at[target].set(dh.astype(hidden.dtype), mode="drop")
         return losses, correct, dhidden
 
@@ -93,11 +109,11 @@ def _forward(hidden, head, labels, weight, chunk, *, with_gradient: bool):
     return TokenLosses(losses, correct), dhidden
 
 
-def _token_losses_fwd(hidden, head, labels, weight, chunk):
-    return _forward(hidden, head, labels, weight, chunk, with_gradient=True)
+def _token_losses_fwd(hidden, head, labels, weight, chunk, softcap):
+    return _forward(hidden, head, labels, weight, chunk, softcap, with_gradient=True)
 
 
-def _token_losses_bwd(chunk, dhidden, cotangent):
+def _token_losses_bwd(chunk, softcap, dhidden, cotangent):
     row_scale = cotangent.weighted[:, None].astype(dhidden.dtype)
     # A row that took part in nothing has gradient 0, whatever its cotangent is.
     dx = jnp.where(dhidden == 0, jnp.zeros((), dhidden.dtype), dhidden * row_scale)

@@ -25,7 +25,8 @@ from lorafusion_jax.train.batch import PackedBatch
 from lorafusion_jax.train.loss import TokenLosses, sum_by_slot, token_losses
 from lorafusion_jax.train.optimizer import Adapters, Hyper, OptState
 
-LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32 logits at a time
+LOGITS_PER_CHUNK = {"cpu": 1 << 25, "gpu": 1 << 28}
+"""Logits that exist at a time: 128 MiB of float32 on a CPU, 1 GiB on a GPU."""
 
 
 class TrainState(NamedTuple):
@@ -81,9 +82,9 @@ class Model(NamedTuple):
 
 
 def loss_chunk(vocab_size: int, capacity: int) -> int:
-    """Returns how many rows of logits to hold at a time: a power of two from 16 to 1024."""
-    rows = LOGITS_PER_CHUNK // vocab_size
-    return max(16, min(1024, 1 << max(rows, 1).bit_length() - 1, capacity))
+    """Returns how many rows of logits to hold at a time: a power of two from 16 to 2048."""
+    rows = LOGITS_PER_CHUNK.get(jax.default_backend(), 1 << 25) // vocab_size
+    return max(16, min(2048, 1 << max(rows, 1).bit_length() - 1, capacity))
 
 
 def init_state(bank: AdapterBank, optimizers: tuple[str, ...]) -> TrainState:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +19,17 @@ def problem(rng, dtype=np.float64):
     return hidden, head, labels, weight
 
 
-def naive(hidden, head, labels, weight):
+def naive(hidden, head, labels, weight, softcap=None):
     """All logits at once, differentiated by jax."""
     acc = jnp.promote_types(hidden.dtype, jnp.float32)
-    log_p = jax.nn.log_softmax(jnp.matmul(hidden, head.T, preferred_element_type=acc))
+    logits = jnp.matmul(hidden, head.T, preferred_element_type=acc)
+    log_p = jax.nn.log_softmax(logits if softcap is None else softcap * jnp.tanh(logits / softcap))
     picked = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     return jnp.where(weight > 0, -picked * weight.astype(acc), 0).sum()
 
 
-def chunked(hidden, head, labels, weight, chunk=16):
-    return token_losses(hidden, head, labels, weight, chunk).weighted.sum()
+def chunked(hidden, head, labels, weight, chunk=16, softcap=None):
+    return token_losses(hidden, head, labels, weight, chunk, softcap).weighted.sum()
 
 
 def loss_and_gradient(f, hidden, head, labels, weight):
@@ -46,6 +49,51 @@ def test_equals_the_naive_loss(rng, chunk):
         )
     ours = loss_and_gradient(lambda *args: chunked(*args, chunk=chunk), *single)
     assert_error_ratio(ours, loss_and_gradient(naive, *single), truth, factor=2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
+def test_soft_cap_of_the_logits(rng, dtype):
+    hidden, head, labels, weight = problem(rng)
+    capped, plain = partial(naive, softcap=1.5), partial(naive, softcap=None)
+    with jax.enable_x64(True):
+        inputs = [jnp.asarray(x, dtype) for x in (hidden, head)]
+        wide = [jnp.asarray(x, jnp.float64) for x in inputs]
+        truth = loss_and_gradient(capped, *wide, labels, weight)
+        ours = loss_and_gradient(partial(chunked, softcap=1.5), *inputs, labels, weight)
+        reference = loss_and_gradient(capped, *inputs, labels, weight)
+        assert_error_ratio(ours, reference, truth, factor=2, floor_ulp=4)
+        with pytest.raises(AssertionError):  # a cap that is not applied would be seen
+            assert_error_ratio(loss_and_gradient(plain, *inputs, labels, weight), reference, truth)
+
+
+def test_float64_is_exact(rng):
+    with jax.enable_x64(True):
+        inputs = problem(rng)
+        ours, exact = loss_and_gradient(chunked, *inputs), loss_and_gradient(naive, *inputs)
+    assert ours["gradient"].dtype == np.float64
+    np.testing.assert_allclose(ours["loss"], exact["loss"], rtol=1e-14)
+    np.testing.assert_allclose(ours["gradient"], exact["gradient"], atol=1e-15)
+
+
+def test_temporary_memory_is_that_of_a_chunk():
+    """Of the compiled program: a chunk of logits or a few, while the naive loss holds them all."""
+    rows, width, vocab, chunk = 2048, 64, 4096, 128
+    shapes = [
+        jax.ShapeDtypeStruct(*s)
+        for s in (
+            ((rows, width), jnp.float32),
+            ((vocab, width), jnp.float32),
+            ((rows,), jnp.int32),
+            ((rows,), jnp.float32),
+        )
+    ]
+
+    def temporary(loss):
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(partial(chunked, chunk=chunk)) < 4 * chunk * vocab * 4
+    assert temporary(naive) > rows * vocab * 4
 
 
 def test_a_wrong_gradient_is_caught(rng):
