@@ -105,7 +105,7 @@ class RunTrainConfig(Section):
             CPU it always does.
     """
 
-    remat: Literal["none", "attention", "full"] = "none"
+    remat: Literal["none", "mlp", "attention", "full"] = "none"
     deterministic: bool = False
 
 

@@ -17,15 +17,17 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear, grouped_linear
 from lorafusion_jax.models.attention import Segments, attention, cached_attention
-from lorafusion_jax.models.config import Activation, ModelConfig
+from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.fused import gated, rms_norm
 from lorafusion_jax.models.rotary import LayerView, rotary_tables, rotate
 
-type Remat = Literal["none", "attention", "full"]
+type Remat = Literal["none", "mlp", "attention", "full"]
 REMAT_POLICIES: tuple[str, ...] = get_args(Remat.__value__)
 
 # Input groups: projections that read the same activation share dropout and one fused op.
@@ -49,10 +51,8 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(variance + self.eps)
-        return (normed * (self.offset + self.weight[...].astype(wide.dtype))).astype(x.dtype)
+        acc = jnp.promote_types(x.dtype, jnp.float32)
+        return rms_norm(x, self.offset + self.weight[...].astype(acc), self.eps)
 
 
 def final_norm(config: ModelConfig, *, dtype: DTypeLike) -> RMSNorm:
@@ -157,17 +157,6 @@ class SelfAttention(nnx.Module):
         return rotate(q, view.rotary), rotate(k, view.rotary), v
 
 
-def _gelu_tanh(x: Array) -> Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jax.nn.gelu(wide, approximate=True).astype(x.dtype)
-
-
-_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": _gelu_tanh,
-}
-
-
 class MLP(nnx.Module):
     """Gated feed-forward block."""
 
@@ -177,11 +166,12 @@ class MLP(nnx.Module):
         self.gate_proj = linear(hidden, inner)
         self.up_proj = linear(hidden, inner)
         self.down_proj = linear(inner, hidden)
-        self.activation: Activation = config.activation
+        self.activation = config.activation
 
     def __call__(self, x: Float[Array, "T d"], lora: LoraContext | None, site):
         gate, up = grouped_linear((self.gate_proj, self.up_proj), x, lora, site + _GATE_UP)
-        return self.down_proj(_ACTIVATIONS[self.activation](gate) * up, lora, site + _DOWN)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        return self.down_proj(gated(gate, up, self.activation), lora, site + _DOWN)
 
 
 class DecoderLayer(nnx.Module):
@@ -230,7 +220,7 @@ class DecoderLayer(nnx.Module):
         if not self.post_norms:
             return self.mlp(self.post_attention_layernorm(x), lora, site)
         out = self.mlp(self.pre_feedforward_layernorm(x), lora, site)
-        return self.post_feedforward_layernorm(out)
+        return self.post_feedforward_layernorm(checkpoint_name(out, "down"))
 
     def decode(self, x, view: LayerView, cache: KVCache, positions, lora, site):
         """The layer over new tokens, and the cache with them."""
@@ -287,9 +277,10 @@ class Decoder(nnx.Module):
             positions: position of each token in its own sample.
             segments: where the samples lie.
             lora: routing of rows to the adapters in the linears, None for the base alone.
-            remat: what the backward pass computes again instead of storing: "none"; "attention",
-                the attention block of each layer; "full", each whole layer. Nothing quadratic in T
-                is ever stored.
+            remat: what the backward pass computes again instead of storing: "none"; "mlp", norms
+                and activations of the feed-forward blocks, but no large product; "attention", also
+                the whole attention block of each layer; "full", each whole layer. Nothing quadratic
+                in T is ever stored.
 
         Returns:
             The hidden state after the final norm; `logits` or `head_weight` take it further.
@@ -392,11 +383,12 @@ def _run_layer(graphdef, remat: str, state, x, view, segments, lora, site):
     args = (view, segments, lora, site)
     if remat == "full":
         return jax.checkpoint(_layer, static_argnums=0)(graphdef, state, x, *args)
-    if remat == "attention":
-        attended = jax.checkpoint(_attend, static_argnums=0)(graphdef, state, x, *args)
-        layer = nnx.merge(graphdef, state)
-        x = x + attended
-        return x + layer.feed_forward(x, lora, site)
+    if remat in ("mlp", "attention"):
+        attend = jax.checkpoint(_attend, static_argnums=0) if remat == "attention" else _attend
+        x = x + attend(graphdef, state, x, *args)
+        keep = jax.checkpoint_policies.save_only_these_names("gate", "up", "down")
+        feed_forward = jax.checkpoint(_feed_forward, static_argnums=0, policy=keep)
+        return x + feed_forward(graphdef, state, x, lora, site)
     return _layer(graphdef, state, x, *args)
 
 
@@ -406,6 +398,10 @@ def _layer(graphdef, state, x, *args):
 
 def _attend(graphdef, state, x, *args):
     return nnx.merge(graphdef, state).attend(x, *args)
+
+
+def _feed_forward(graphdef, state, x, lora, site):
+    return nnx.merge(graphdef, state).feed_forward(x, lora, site)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -122,8 +122,9 @@ def _token_losses(
     remat = model.remat if train else "none"
     hidden = decoder(batch.tokens, batch.positions, segments, context, remat=remat)  # pyright: ignore[reportCallIssue]
     head = decoder.head_weight()  # pyright: ignore[reportAttributeAccessIssue]
+    softcap = decoder.config.logit_softcap  # pyright: ignore[reportAttributeAccessIssue]
     weight = batch.loss_weight
-    return token_losses(hidden, head, batch.labels, weight, model.loss_chunk)
+    return token_losses(hidden, head, batch.labels, weight, model.loss_chunk, softcap)
 
 
 def train_step(

@@ -288,7 +288,7 @@ def _explained_memory(config: RunConfig) -> Iterator[None]:
         raise ResourceError(
             f"out of device memory: {str(error).splitlines()[0][:300]}\n"
             f"lower batching.tokens_per_microbatch (now {config.batching.tokens_per_microbatch}) "
-            f"or raise train.remat (now {config.train.remat}; attention, then full); the last "
+            f"or raise train.remat (now {config.train.remat}; mlp, attention, then full); the last "
             "checkpoint is intact"
         ) from error
 

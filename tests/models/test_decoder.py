@@ -117,7 +117,7 @@ def test_remat_policies_agree(rng):
     expected = gradients("none")
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(expected))
     wider = jax.tree.map(lambda x: np.asarray(x, np.float64), expected)
-    for remat in ("attention", "full"):
+    for remat in ("mlp", "attention", "full"):
         assert_error_ratio(gradients(remat), expected, wider, floor_ulp=16.0)
 
 
@@ -137,7 +137,7 @@ def test_remat_stores_less(rng):
         leaves = jax.tree.leaves(jax.eval_shape(pull, bank.a))
         return sum(leaf.size for leaf in leaves if leaf.shape[:1] == (ROWS,))
 
-    assert stored("full") < stored("attention") < stored("none")
+    assert stored("full") < stored("attention") < stored("mlp") < stored("none")
 
 
 def test_sites_and_groups(monkeypatch):
