@@ -83,7 +83,7 @@ def attend(
         sliding_window_length=scoring.window,
         qkv_layout="BTNH",
     )
-    return out[0]
+    return jnp.asarray(out)[0]
 
 
 def _on_hopper() -> bool:

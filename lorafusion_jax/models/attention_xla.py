@@ -103,6 +103,8 @@ def _forward(q, k, v, start, scoring: Scoring):
 
 
 def _backward(scoring: Scoring, residuals, dout):
+    # Else XLA takes the scores of the forward pass, or computes them early, and keeps them all.
+    residuals, dout = jax.lax.optimization_barrier((residuals, dout))
     q, k, v, start, out, log_sum = residuals
     acc = _accumulator_dtype(q)
     taken = jnp.sum(dout.astype(acc) * out.astype(acc), axis=-1).reshape(log_sum.shape)
