@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafusion_jax.data import prompt_text, read_records
+from lorafusion_jax.config import SourceConfig
+from lorafusion_jax.data import Record, prompt_text, read_source
 from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.generate import BASE_SLOT, generate
 from lorafusion_jax.lora.bank import AdapterBank, attach_adapters, put_slot
@@ -60,14 +61,15 @@ def adapter_folder(folder: RunFolder, job: str, which: str = "best") -> Path:
 def held_out(folder: RunFolder, base: Base, job: str, rows: int) -> list[Question]:
     """Returns the first held-out rows of a job that ask for an answer."""
     config = folder.jobs[job]
-    resolved = resolve_job(
-        config, config.data.path, base, folder.config.batching, folder.config.seed
-    )
-    path = config.eval.path or config.data.path
-    records = {record.line: record for record in read_records(path, config.data.format)}
-    questions = []
+    data, apart = config.data, config.eval.path
+    resolved = resolve_job(config, data, base, folder.config.batching, folder.config.seed)
+    records = [
+        {record.line: record for record in _records(part, data.system)}
+        for part in (data.parts if apart is None else (data.at(apart),))
+    ]
+    questions, samples = [], resolved.eval_samples
     for index in resolved.eval_indices:
-        record = records[int(resolved.eval_samples.lines[index])]
+        record = records[samples.source_of(index)][int(samples.lines[index])]
         if record.kind == "text":
             continue
         answer = record.messages[-1].content if record.kind == "chat" else record.completion
@@ -75,6 +77,11 @@ def held_out(folder: RunFolder, base: Base, job: str, rows: int) -> list[Questio
         if len(questions) == rows:
             break
     return questions
+
+
+def _records(part: SourceConfig, system: str | None) -> list[Record]:
+    options = part.model_dump(exclude={"path", "weight"})
+    return read_source(part.path, system=system, **options)
 
 
 def side_by_side(

@@ -30,7 +30,7 @@ def evaluate_adapters(
     config = folder.config
     base = load_base(config.base.model, config.base.dtype)
     jobs = [
-        resolve_job(job, job.data.path, base, config.batching, config.seed)
+        resolve_job(job, job.data, base, config.batching, config.seed)
         for name, job in folder.jobs.items()
         if name in paths
     ]

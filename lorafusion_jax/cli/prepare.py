@@ -46,9 +46,7 @@ def prepare(config: "RunConfig") -> Prepared:
     from lorafusion_jax.train.schedule import capacity_that_fills, make_schedule
 
     base = outline_base(config.base.model, config.base.dtype)
-    jobs = [
-        resolve_job(job, job.data.path, base, config.batching, config.seed) for job in config.jobs
-    ]
+    jobs = [resolve_job(job, job.data, base, config.batching, config.seed) for job in config.jobs]
     tile, limit = tile_rows(config.batching), config.batching.tokens_per_microbatch
     plans = [job.plan for job in jobs]
     sizes = config.batching.capacities or (capacity_that_fills(plans, limit, tile),)

@@ -15,6 +15,7 @@ from lorafusion_jax.config.schema import (
     RunConfig,
     RunTrainConfig,
     SaveConfig,
+    SourceConfig,
     TrainConfig,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "RunConfig",
     "RunTrainConfig",
     "SaveConfig",
+    "SourceConfig",
     "TrainConfig",
     "config_diff",
     "config_from_dict",

@@ -15,7 +15,13 @@ ALLOWED = (
     "jobs.*.save.keep_best",
 )
 # The same content may have moved; whoever has its fingerprint decides.
-PATHS = ("base.model", "jobs.*.data.path", "jobs.*.eval.path", "jobs.*.lora.init_from")
+PATHS = (
+    "base.model",
+    "jobs.*.data.path",
+    "jobs.*.data.sources.*.path",
+    "jobs.*.eval.path",
+    "jobs.*.lora.init_from",
+)
 
 
 class Change(NamedTuple):
@@ -80,6 +86,9 @@ def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     for key, value in section.items():
         if isinstance(value, dict) and not key.endswith("_pattern"):
             leaves += _leaves(value, f"{prefix}{key}.")
+        elif key == "sources":
+            for number, source in enumerate(value):
+                leaves += _leaves(source, f"{prefix}{key}.{number}.")
         else:  # the order of patterns counts
             leaf = list(value.items()) if isinstance(value, dict) else value
             leaves.append((prefix + key, leaf))
@@ -89,7 +98,7 @@ def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
 def _kind(pattern: str) -> Literal["allowed", "path", "refused"]:
     if any(fnmatchcase(pattern, allowed) for allowed in ALLOWED):
         return "allowed"
-    return "path" if pattern in PATHS else "refused"
+    return "path" if any(fnmatchcase(pattern, path) for path in PATHS) else "refused"
 
 
 def _text(value: Any) -> str:

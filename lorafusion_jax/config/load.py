@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lorafusion_jax.config.problems import Problem, describe, nearest, report
-from lorafusion_jax.config.schema import JobConfig, RunConfig
+from lorafusion_jax.config.schema import HUB, JobConfig, RunConfig
 from lorafusion_jax.config.source import Key, Lines, parse_value, read_source
 from lorafusion_jax.errors import ConfigError
 
@@ -27,6 +27,7 @@ ALIASES = {
 # Of these, the one a job sets replaces whichever its defaults set.
 EXCLUSIVE = {
     "train": ("epochs", "max_steps"),
+    "data": ("path", "sources"),
     "eval": ("split", "path"),
     "optim": ("warmup_ratio", "warmup_steps"),
 }
@@ -186,7 +187,8 @@ def _check_defaults(raw: dict[str, Any]) -> list[Problem]:
         return [Problem(("defaults",), "expected sections such as lora, optim, train")]
     job = _drop_empty(defaults)
     if isinstance(job.get("data", {}), dict):
-        job["data"] = {"path": "-", **job.get("data", {})}
+        own = job.get("data", {})
+        job["data"] = own if "sources" in own else {"path": "-", **own}
     problems = []
     for key in [key for key in job if key not in INHERITED]:
         hint = nearest(key, list(INHERITED)) or ","
@@ -283,6 +285,8 @@ def _problems(error: ValidationError, origin: Any, prefix: Key = ()) -> list[Pro
 
 def _anchor_paths(config: RunConfig, folder: Path) -> RunConfig:
     def anchored(path: str) -> str:
+        if path.startswith(HUB):
+            return path
         return os.path.abspath(folder / os.path.expanduser(path))
 
     def changed[T: BaseModel](record: T, **values: Any) -> T:
@@ -290,7 +294,12 @@ def _anchor_paths(config: RunConfig, folder: Path) -> RunConfig:
 
     jobs = []
     for job in config.jobs:
-        data = changed(job.data, path=anchored(job.data.path))
+        data = job.data
+        if data.path is not None:
+            data = changed(data, path=anchored(data.path))
+        if data.sources:
+            parts = tuple(changed(part, path=anchored(part.path)) for part in data.sources)
+            data = changed(data, sources=parts)
         held_out = job.eval
         if held_out.path is not None:
             held_out = changed(held_out, path=anchored(held_out.path))

@@ -27,9 +27,6 @@ HINTS: dict[tuple[str, str], str] = {
     ("lora", "use_dora"): _REMOVE,
     ("lora", "bias"): f"{_REMOVE} (biases stay frozen)",
     ("eval", "early_stopping_patience"): _REMOVE,
-    ("data", "columns"): f"{_REMOVE} and name the JSON keys as the format expects",
-    ("data", "split"): f"{_REMOVE} (a file is one split; hold rows out with eval.split)",
-    ("data", "train_on_prompt"): f"{_REMOVE} (format text trains on every token)",
 }
 _EXPECTED = {
     "int_type": "a whole number",

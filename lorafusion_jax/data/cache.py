@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from lorafusion_jax.data.chat import Learn
 from lorafusion_jax.data.dataset import Dataset
-from lorafusion_jax.data.records import Format, read_records
+from lorafusion_jax.data.records import Columns, Format, Record, records_of, with_system
+from lorafusion_jax.data.tables import HUB, rows_of
 from lorafusion_jax.data.tokenize import Overlong, tokenize_dataset
 from lorafusion_jax.errors import DataError
 
@@ -29,19 +31,30 @@ def load_dataset(
     max_length: int,
     overlong: Overlong = "truncate",
     format: Format = "auto",
+    columns: Columns | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    system: str | None = None,
+    learn: Learn = "answers",
     vocab_size: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Dataset:
-    """Reads and tokenises a JSONL file, or takes the result from the cache.
+    """Reads and tokenises a file or a data set, or takes the result from the cache.
 
     Args:
-        path: the file.
+        path: of any kind that `lorafusion_jax.data.tables.rows_of` reads.
         tokenizer: of `transformers`, fast.
         max_length: longest sample in tokens.
         overlong: see `tokenize_dataset`.
-        format: see `read_records`.
-        vocab_size: see `tokenize_dataset`.
-        cache_dir: folder of the cache, made if needed; None neither reads nor writes one.
+        format: see `read_records`; also `columns`.
+        columns: the data's own name of a key, by the format's.
+        split: of a data set; see `rows_of`, also `subset`.
+        subset: configuration of a data set.
+        system: see `with_system`.
+        learn: see `tokenize_dataset`; also `vocab_size`.
+        vocab_size: rows of the model's embedding.
+        cache_dir: folder of the cache, made if needed; None neither reads nor writes one. Only
+            files are kept there.
 
     Raises:
         DataError: the file cannot be used.
@@ -51,25 +64,44 @@ def load_dataset(
         "overlong": overlong,
         "format": format,
         "vocab_size": vocab_size,
+        "columns": dict(columns or {}),
+        "system": system,
+        "learn": learn,
     }
     cached = None
-    if cache_dir is not None:
+    if cache_dir is not None and not str(path).startswith(HUB) and not Path(path).is_dir():
         key = _key(_file_digest(path), tokenizer_fingerprint(tokenizer), settings)
         cached = Path(cache_dir) / f"{key}.npz"
         dataset = _read(cached)
         if dataset is not None:
             return dataset
     dataset = tokenize_dataset(
-        read_records(path, format),
+        read_source(path, format, columns, split=split, subset=subset, system=system),
         tokenizer,
         max_length=max_length,
         overlong=overlong,
         vocab_size=vocab_size,
+        learn=learn,
         name=str(path),
     )
     if cached is not None:
         _write(cached, dataset)
     return dataset
+
+
+def read_source(
+    path: str | Path,
+    format: Format = "auto",
+    columns: Columns | None = None,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    system: str | None = None,
+) -> list[Record]:
+    """Reads the rows of a file or a data set; see `load_dataset`."""
+    rows = rows_of(path, split=split, subset=subset)
+    records = records_of(rows, str(path), format, columns)
+    return records if system is None else with_system(records, system, str(path))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

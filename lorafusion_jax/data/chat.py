@@ -7,12 +7,16 @@ token lists are compared.
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 from lorafusion_jax.data.records import Message
 
+type Learn = Literal["answers", "last_answer", "all"]
 
-def tokenize_chat(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+
+def tokenize_chat(
+    messages: Sequence[Message], tokenizer: Any, learn: Learn = "answers"
+) -> tuple[list[int], list[bool]]:
     """Renders a conversation with the tokenizer's template and marks what is to be learnt.
 
     An assistant turn's own tokens are marked, and the token that ends the turn; what the template
@@ -22,6 +26,7 @@ def tokenize_chat(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int
     Args:
         messages: turns; the last is the assistant's.
         tokenizer: of `transformers`, with a chat template.
+        learn: every answer, the last one only, or all tokens up to its end.
 
     Returns:
         Token ids and, for each, whether it is supervised.
@@ -39,13 +44,13 @@ def tokenize_chat(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int
     special = set(tokenizer.all_special_ids)
     supervised = [False] * len(tokens)
     for index, message in enumerate(messages):
-        if message.role == "assistant":
+        if message.role == "assistant" and (learn != "last_answer" or index == len(messages) - 1):
             start = _answer_start(tokens, render, index)
             end = _answer_end(tokens, render(index + 1), start, special)
             end = _without_tail(tokens, start, end, special, tokenizer)
             supervised[start:end] = [True] * (end - start)
     used = len(tokens) - supervised[::-1].index(True) if True in supervised else 0
-    return tokens[:used], supervised[:used]
+    return tokens[:used], [True] * used if learn == "all" else supervised[:used]
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> str:

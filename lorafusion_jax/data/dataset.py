@@ -1,7 +1,7 @@
 """Tokenised samples in flat arrays."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ class Dataset:
         lines: 1-based line of each sample in its file.
         truncated: samples that were cut to the longest length.
         dropped: rows left out: too long, or without a target after the cut.
+        sizes: samples of each source, where several were put together, in their order.
     """
 
     tokens: Int32[np.ndarray, " tokens"]
@@ -28,6 +29,7 @@ class Dataset:
     lines: Int32[np.ndarray, " samples"]
     truncated: int = 0
     dropped: int = 0
+    sizes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -49,6 +51,10 @@ class Dataset:
         before = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
+    def source_of(self, index: int) -> int:
+        """Number of the source that a sample comes from."""
+        return int(np.searchsorted(np.cumsum(self.sizes), index, side="right")) if self.sizes else 0
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of tokens, masks and offsets: equal exactly when the samples are."""
@@ -57,6 +63,23 @@ class Dataset:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.hexdigest()
+
+
+def concatenate(datasets: Sequence[Dataset]) -> Dataset:
+    """Puts data sets together, one after the other; `sizes` remembers where each begins."""
+    if len(datasets) == 1:
+        return datasets[0]
+    starts = np.cumsum([0, *(data.offsets[-1] for data in datasets)])
+    moved = [data.offsets[1:] + start for data, start in zip(datasets, starts, strict=False)]
+    return Dataset(
+        tokens=np.concatenate([data.tokens for data in datasets]),
+        supervised=np.concatenate([data.supervised for data in datasets]),
+        offsets=np.concatenate([np.zeros(1, np.int64), *moved]),
+        lines=np.concatenate([data.lines for data in datasets]),
+        truncated=sum(data.truncated for data in datasets),
+        dropped=sum(data.dropped for data in datasets),
+        sizes=tuple(len(data) for data in datasets),
+    )
 
 
 def join_samples(

@@ -1,4 +1,4 @@
-"""Reads training rows: JSON Lines in one of four structures, every error with its line.
+"""Reads training rows in one of four structures, every error with its line or row.
 
 | format | keys of a row |
 |---|---|
@@ -7,12 +7,13 @@
 | alpaca | `instruction`, optional `input`, `output` |
 | chat | `messages` of `role`, `content`, or `conversations` of `from`, `value` |
 
-Other keys of a row are ignored. Blank lines, CRLF and a byte order mark are accepted. Memory is
-bounded by the longest allowed line, not by the longest line.
+Other keys of a row are ignored; keys of other names can be mapped to these. Of JSON Lines, blank
+lines, CRLF and a byte order mark are accepted, and memory is bounded by the longest allowed line,
+not by the longest line. `lorafusion_jax.data.tables` reads the other kinds of files.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from lorafusion_jax.errors import DataError
 MAX_LINE_BYTES = 8 << 20
 
 type Format = Literal["auto", "text", "prompt_completion", "alpaca", "chat"]
+type Columns = Mapping[str, str]
 type Kind = Literal["text", "prompt_completion", "alpaca", "chat"]
 
 _REQUIRED: dict[Kind, tuple[str, ...]] = {
@@ -28,6 +30,7 @@ _REQUIRED: dict[Kind, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }
+_KEYS: dict[Kind, tuple[str, ...]] = {**_REQUIRED, "chat": ("messages", "conversations")}
 _ROLES = {
     "system": "system",
     "developer": "developer",
@@ -53,7 +56,7 @@ class Record(NamedTuple):
 
     Attributes:
         kind: structure it had.
-        line: 1-based line in its file.
+        line: 1-based line in its file, or row where there are no lines.
         prompt: what the model is given; empty for text and chat.
         completion: what it learns to answer; the whole text for text; empty for chat.
         messages: turns of a chat, the last one the assistant's; empty otherwise.
@@ -66,29 +69,68 @@ class Record(NamedTuple):
     messages: tuple[Message, ...] = ()
 
 
-def read_records(path: str | Path, format: Format = "auto") -> list[Record]:
+def read_records(
+    path: str | Path, format: Format = "auto", columns: Columns | None = None
+) -> list[Record]:
     """Reads all rows of a JSONL file.
 
     Args:
         path: the file.
         format: structure of the rows; auto takes it from the keys of the first row.
+        columns: the file's own name of a key, by the name in the table above.
 
     Raises:
         DataError: names file, line and column of what cannot be used.
     """
-    try:
-        with Path(path).open("rb") as file:
-            return list(_records(_rows(file, str(path)), str(path), format))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"cannot be read: {reason}", path=str(path)) from None
+    return records_of(json_rows(path), str(path), format, columns)
 
 
 def records_from_rows(
-    rows: Iterable[dict[str, Any]], format: Format = "auto", name: str = "data"
+    rows: Iterable[dict[str, Any]],
+    format: Format = "auto",
+    name: str = "data",
+    columns: Columns | None = None,
 ) -> list[Record]:
     """Reads rows that are already in memory; `name` and the row's number are what errors say."""
-    return list(_records(enumerate(rows, start=1), name, format))
+    return records_of(enumerate(rows, start=1), name, format, columns)
+
+
+def records_of(
+    rows: Iterable[tuple[int, Any]], name: str, format: Format, columns: Columns | None = None
+) -> list[Record]:
+    """Reads numbered rows; see `read_records`."""
+    return list(_records(rows, name, format, columns or {}))
+
+
+def with_system(records: Iterable[Record], system: str, name: str = "data") -> list[Record]:
+    """Gives rows a system prompt: chats that have none as their first turn, others in the prompt.
+
+    Raises:
+        DataError: a row is a text, which has no prompt.
+    """
+    changed = []
+    for record in records:
+        if record.kind == "text":
+            message = "is a text, which has no room for data.system: remove it"
+            raise DataError(message, path=name, line=record.line)
+        if record.kind == "chat":
+            if record.messages[0].role != "system":
+                turns = (Message("system", system), *record.messages)
+                record = record._replace(messages=turns)
+        else:
+            record = record._replace(prompt=f"{system}\n\n{record.prompt}")
+        changed.append(record)
+    return changed
+
+
+def json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yields the line and content of each row of a JSONL file."""
+    try:
+        with Path(path).open("rb") as file:
+            yield from _rows(file, str(path))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read: {reason}", path=str(path)) from None
 
 
 def _rows(file: Any, path: str) -> Iterator[tuple[int, Any]]:
@@ -136,14 +178,17 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
-def _records(rows: Iterable[tuple[int, Any]], path: str, format: Format) -> Iterator[Record]:
+def _records(
+    rows: Iterable[tuple[int, Any]], path: str, format: Format, columns: Columns
+) -> Iterator[Record]:
     kind = None
     for line, row in rows:
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"got {_shown(row)}, expected one JSON object a line")
+            row = _renamed(row, columns)
             if kind is None:
-                kind = _detect(row) if format == "auto" else format
+                kind = _detect(row, columns) if format == "auto" else format
             yield _record(row, kind, line)
         except ValueError as error:
             raise DataError(str(error), path=path, line=line) from None
@@ -151,12 +196,25 @@ def _records(rows: Iterable[tuple[int, Any]], path: str, format: Format) -> Iter
         raise DataError("has no rows, expected one JSON object a line", path=path)
 
 
-def _detect(row: dict[str, Any]) -> Kind:
+def _renamed(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """The row with the mapped keys under the names of the format; an own key of that name goes."""
+    for name, own in columns.items():
+        if own not in row:
+            keys = ", ".join(repr(key[:30]) for key in list(row)[:8]) or "none"
+            raise ValueError(f"data.columns.{name}: there is no {own!r}, the row has {keys}")
+    kept = {key: value for key, value in row.items() if key not in {*columns, *columns.values()}}
+    return kept | {name: row[own] for name, own in columns.items()}
+
+
+def _detect(row: dict[str, Any], columns: Columns) -> Kind:
     found: list[Kind] = [
         kind for kind, keys in _REQUIRED.items() if all(key in row for key in keys)
     ]
     if "messages" in row or "conversations" in row:
         found.append("chat")
+    if len(found) > 1 and columns:  # the mapped keys say which is meant
+        meant = [kind for kind in found if set(_KEYS[kind]) & set(columns)]
+        found = meant or found
     if len(found) == 1:
         return found[0]
     if found:

@@ -1,14 +1,14 @@
 """From rows to token ids with a loss mask.
 
 The loss is on what the model must produce itself: completions, assistant turns, and the token that
-ends each of them. A text is learnt whole.
+ends each of them; or on the last assistant turn only, or on everything. A text is learnt whole.
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import batched
 from typing import Any, Literal
 
-from lorafusion_jax.data.chat import tokenize_chat
+from lorafusion_jax.data.chat import Learn, tokenize_chat
 from lorafusion_jax.data.dataset import Dataset, join_samples
 from lorafusion_jax.data.records import Record
 from lorafusion_jax.errors import DataError
@@ -26,6 +26,7 @@ def tokenize_dataset(
     max_length: int,
     overlong: Overlong = "truncate",
     vocab_size: int | None = None,
+    learn: Learn = "answers",
     name: str = "data",
 ) -> Dataset:
     """Tokenises rows and marks their targets.
@@ -37,6 +38,7 @@ def tokenize_dataset(
         overlong: cut longer samples at the end, leave them out, or refuse them. A sample that has
             no target left after the cut is left out.
         vocab_size: rows of the model's embedding; token ids beyond it are refused.
+        learn: what is a target: every answer, the last one of a chat, or all tokens.
         name: of the file, for errors.
 
     Raises:
@@ -47,7 +49,7 @@ def tokenize_dataset(
         raise DataError("the model's tokenizer has no end token, so no answer would ever end")
     samples: list[tuple[int, list[int], list[bool]]] = []
     truncated = dropped = 0
-    for record, (tokens, supervised) in _samples(records, tokenizer, name):
+    for record, (tokens, supervised) in _samples(records, tokenizer, learn, name):
         _check(tokens, supervised, record.line, name, vocab_size)
         if len(tokens) > max_length:
             if overlong == "error":
@@ -81,7 +83,7 @@ def prompt_text(record: Record, tokenizer: Any) -> str:
 
 
 def _samples(
-    records: Sequence[Record], tokenizer: Any, name: str
+    records: Sequence[Record], tokenizer: Any, learn: Learn, name: str
 ) -> Iterator[tuple[Record, _Sample]]:
     if any(record.kind == "chat" for record in records) and not tokenizer.chat_template:
         raise DataError(
@@ -91,13 +93,13 @@ def _samples(
         )
     start = _start_tokens(tokenizer)
     for group in batched(records, _ROWS_PER_CALL):
-        plain = iter(_pairs([r for r in group if r.kind != "chat"], tokenizer, start))
+        plain = iter(_pairs([r for r in group if r.kind != "chat"], tokenizer, start, learn))
         for record in group:
             if record.kind != "chat":
                 yield record, next(plain)
                 continue
             try:
-                yield record, tokenize_chat(record.messages, tokenizer)
+                yield record, tokenize_chat(record.messages, tokenizer, learn)
             except ValueError as error:
                 raise DataError(str(error), path=name, line=record.line) from None
 
@@ -108,7 +110,7 @@ def _start_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
 
 
-def _pairs(records: list[Record], tokenizer: Any, start: list[int]) -> list[_Sample]:
+def _pairs(records: list[Record], tokenizer: Any, start: list[int], learn: Learn) -> list[_Sample]:
     """Prompt and completion; where a token would straddle both, they are tokenised apart.
 
     At inference the prompt is tokenised alone, so the sample must begin with just those tokens.
@@ -123,7 +125,7 @@ def _pairs(records: list[Record], tokenizer: Any, start: list[int]) -> list[_Sam
             whole = prompt + _encode(tokenizer, [record.completion])[0]
         if whole[-1:] != [tokenizer.eos_token_id]:
             whole = [*whole, tokenizer.eos_token_id]
-        given = len(start) + len(prompt)
+        given = 0 if learn == "all" else len(start) + len(prompt)
         tokens = start + whole
         samples.append((tokens, [False] * given + [True] * (len(tokens) - given)))
     return samples

@@ -3,20 +3,25 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lorafusion_jax.config import BatchingConfig, JobConfig, OptimConfig
+from lorafusion_jax.config import BatchingConfig, DataConfig, JobConfig, OptimConfig, SourceConfig
 from lorafusion_jax.data import (
     Dataset,
     batch_order,
+    concatenate,
     load_dataset,
+    mixed_order,
     records_from_rows,
     split_eval,
     tokenize_dataset,
+    with_system,
 )
+from lorafusion_jax.errors import DataError
 from lorafusion_jax.lora import LoraSpec, target_paths
 from lorafusion_jax.lora.bank import Adapter
 from lorafusion_jax.lora.start import adapter_fingerprint, initial_adapter
@@ -26,7 +31,7 @@ from lorafusion_jax.train.optimizer import OPTIMIZERS, SCHEDULES, Hyper
 from lorafusion_sched import Job, Sample
 from pallas_kernels import job_seed
 
-type Data = str | Path | Dataset | Iterable[Mapping[str, Any]]
+type Data = DataConfig | str | Path | Dataset | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def resolve_job(
 
     Args:
         config: the job.
-        data: file, rows or tokenised samples to train on.
+        data: file, rows or tokenised samples to train on, or the job's own `data` section.
         base: whose tokenizer is used.
         batching: longest sample and what happens to longer ones.
         seed: of the run.
@@ -140,31 +145,66 @@ def resolve_job(
 def _dataset(data: Data, config: JobConfig, base: Base, batching: BatchingConfig) -> Dataset:
     if isinstance(data, Dataset):
         return data
+    rules, name = config.data, config.name
     limits: dict[str, Any] = {
         "max_length": batching.max_length,
         "overlong": batching.overlong,
         "vocab_size": base.config.vocab_size,
+        "learn": "all" if rules.train_on_prompt else _ANSWERS[rules.last_turn_only],
     }
-    if isinstance(data, str | Path):
-        return load_dataset(data, base.tokenizer, format=config.data.format, **limits)
-    records = records_from_rows([dict(row) for row in data], config.data.format, config.name)
-    return tokenize_dataset(records, base.tokenizer, name=config.name, **limits)
+    if isinstance(data, DataConfig | str | Path):
+        parts = data.parts if isinstance(data, DataConfig) else (rules.at(str(data)),)
+        return concatenate([_load(part, rules.system, base, limits) for part in parts])
+    rows = [dict(row) for row in data]
+    records = records_from_rows(rows, rules.format, name, rules.columns)
+    if rules.system is not None:
+        records = with_system(records, rules.system, name)
+    return tokenize_dataset(records, base.tokenizer, name=name, **limits)
+
+
+_ANSWERS = {False: "answers", True: "last_answer"}
+
+
+def _load(part: SourceConfig, system: str | None, base: Base, limits: dict[str, Any]) -> Dataset:
+    options = part.model_dump(exclude={"path", "weight"})
+    return load_dataset(part.path, base.tokenizer, system=system, **options, **limits)
 
 
 def _batches(
     config: JobConfig, samples: Dataset, train: np.ndarray, seed: int
 ) -> tuple[tuple[Sample, ...], ...]:
-    """Walks over the training samples epoch by epoch; an epoch's last batch may be smaller."""
+    """Walks over the training samples epoch by epoch; an epoch's last batch may be smaller.
+
+    `Sample.epoch` counts how often the sample was seen before, so that dropout differs each time.
+    """
     size, lengths = config.train.global_batch_size, samples.lengths
     per_epoch = math.ceil(len(train) / size)
     steps = config.train.max_steps or per_epoch * (config.train.epochs or 1)
     batches: list[tuple[Sample, ...]] = []
     for epoch in range(math.ceil(steps / per_epoch)):
-        order = train[batch_order(seed, config.name, epoch, len(train))]
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            batches.append(tuple(Sample(epoch, int(i), int(lengths[i])) for i in chosen))
+        times, order = _epoch(config, samples, train, seed, epoch)
+        visits = [
+            Sample(int(seen), int(i), int(lengths[i])) for seen, i in zip(times, order, strict=True)
+        ]
+        batches += batched(visits, size)
     return tuple(batches[:steps])
+
+
+def _epoch(
+    config: JobConfig, samples: Dataset, train: np.ndarray, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each visited sample was seen before, and which samples, in order."""
+    weights = [part.weight for part in config.data.sources if part.weight is not None]
+    if not weights or len(samples.sizes) != len(weights):
+        order = batch_order(seed, config.name, epoch, len(train))
+        return np.full(len(train), epoch), train[order]
+    ends = np.cumsum(samples.sizes)
+    parts = np.split(train, np.searchsorted(train, ends[:-1]))
+    for part, source in zip(parts, config.data.sources, strict=True):
+        if not len(part):
+            message = "has no row left to train on: all are too long or held out"
+            raise DataError(message, path=source.path)
+    return mixed_order(seed, config.name, epoch, parts, weights)
 
 
 def lora_spec(config: JobConfig) -> LoraSpec:

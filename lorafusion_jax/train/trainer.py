@@ -101,8 +101,8 @@ class MultiTrainer:
 
         Args:
             name: of the job, its folder and its adapter.
-            data: JSONL file, an iterable of rows (dicts of the same structure as the file's), or a
-                `Dataset` of token ids.
+            data: file, a `DataConfig` for more than a path, an iterable of rows (dicts of the same
+                structure as a file's), or a `Dataset` of token ids.
             lora: the adapter.
             optim: its optimizer, such as `AdamW(lr=2e-4)`.
             train: its length and global batch size.
@@ -116,7 +116,7 @@ class MultiTrainer:
         with _config_errors(f"job {name!r}"):
             job = JobConfig(
                 name=name,
-                data=DataConfig(path=path),
+                data=data if isinstance(data, DataConfig) else DataConfig(path=path),
                 lora=lora or LoraConfig(),
                 optim=optim or OptimConfig(),
                 train=train or TrainConfig(),
@@ -190,7 +190,7 @@ class MultiTrainer:
     def _adopt(self, config: RunConfig, source: Path | None) -> None:
         """Takes over a complete configuration as it is."""
         self._config, self._source = config, source
-        self._jobs = [(job, job.data.path) for job in config.jobs]
+        self._jobs = [(job, job.data) for job in config.jobs]
 
     def _schedule(self, config: RunConfig, jobs: Sequence[TrainJob], saved: Saved) -> Schedule:
         batching, plans = config.batching, [job.plan for job in jobs]

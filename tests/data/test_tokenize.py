@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from lorafusion_jax.data import prompt_text, records_from_rows, tokenize_dataset
+from lorafusion_jax.data import (
+    prompt_text,
+    records_from_rows,
+    tokenize_dataset,
+    with_system,
+)
 from lorafusion_jax.errors import DataError
 from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
 
@@ -232,3 +237,42 @@ def test_dataset_is_flat_and_indexed(tokenizer):
         dataset[1350]
     with pytest.raises(IndexError):
         dataset[-1]
+
+
+@pytest.mark.parametrize(
+    ("row", "learn", "expected"),
+    [
+        (
+            _turns("a", "b", "c", "d"),
+            "last_answer",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n«d<|im_end|>»",
+        ),
+        (
+            _turns("a", "b"),
+            "all",
+            "<|im_start|>«user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>»",
+        ),
+        ({"prompt": "capital", "completion": " Paris"}, "last_answer", "capital« Paris<|im_end|>»"),
+    ],
+)
+def test_what_is_learnt_can_be_more_or_less(row, learn, expected, tokenizer):
+    assert _marked(row, tokenizer, learn=learn) == expected
+    assert _marked(row, tokenizer) != expected or row.get("prompt")
+
+
+def test_all_of_a_prompt_is_learnt_but_its_first_token(tokenizer):
+    marked = _marked({"prompt": "The capital", "completion": " Paris"}, tokenizer, learn="all")
+    assert marked.endswith("Paris<|im_end|>»") and marked.index("«") > 0
+    assert "»" not in marked[:-1]
+
+
+def test_a_system_prompt_goes_where_there_is_none():
+    own = {"messages": [{"role": "system", "content": "mine"}, *_turns("a", "b")["messages"]]}
+    chats = with_system(records_from_rows([_turns("a", "b"), own]), "Be kind.")
+    assert [chat.messages[0].content for chat in chats] == ["Be kind.", "mine"]
+    assert [len(chat.messages) for chat in chats] == [3, 3]
+    (pair,) = with_system(records_from_rows([{"prompt": "p", "completion": "c"}]), "Be kind.")
+    assert pair.prompt == "Be kind.\n\np"
+    with pytest.raises(DataError, match="x:1: is a text"):
+        with_system(records_from_rows([{"text": "t"}]), "Be kind.", "x")
