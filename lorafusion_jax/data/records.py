@@ -213,8 +213,7 @@ def _detect(row: dict[str, Any], columns: Columns) -> Kind:
     if "messages" in row or "conversations" in row:
         found.append("chat")
     if len(found) > 1 and columns:  # the mapped keys say which is meant
-        meant = [kind for kind in found if set(_KEYS[kind]) & set(columns)]
-        found = meant or found
+        found = [kind for kind in found if set(_KEYS[kind]) & set(columns)] or found
     if len(found) == 1:
         return found[0]
     if found:

@@ -44,7 +44,7 @@ def rows_of(
 
 
 def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    limit = csv.field_size_limit(MAX_LINE_BYTES)
+    limit, line = csv.field_size_limit(MAX_LINE_BYTES), 1
     try:
         with open(path, "rb") as file:
             reader = csv.reader(_text_lines(file, path), delimiter=delimiter, strict=True)
@@ -59,7 +59,7 @@ def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]
                     yield line, dict(zip(names or (), cells, strict=True))
                 line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"not CSV: {error}", path=path, line=reader.line_num) from None
+        raise DataError(f"not CSV: {error}", path=path, line=line) from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", path=path) from None
     finally:

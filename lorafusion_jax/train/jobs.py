@@ -156,7 +156,8 @@ def _dataset(data: Data, config: JobConfig, base: Base, batching: BatchingConfig
         parts = data.parts if isinstance(data, DataConfig) else (rules.at(str(data)),)
         return concatenate([_load(part, rules.system, base, limits) for part in parts])
     rows = [dict(row) for row in data]
-    records = records_from_rows(rows, rules.format, name, rules.columns)
+    columns = {str(key): own for key, own in rules.columns.items()}
+    records = records_from_rows(rows, rules.format, name, columns)
     if rules.system is not None:
         records = with_system(records, rules.system, name)
     return tokenize_dataset(records, base.tokenizer, name=name, **limits)
