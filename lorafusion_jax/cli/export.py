@@ -1,5 +1,6 @@
-"""The export command: PEFT folders, a check of what they compute, and how to serve them."""
+"""The export command: PEFT folders or merged models, and how to serve them."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -7,21 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorafusion_jax.cli.status import RunArgument
-from lorafusion_jax.cli.view import print_table
-from lorafusion_jax.errors import AdapterError
+from lorafusion_jax.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from lorafusion_jax.lora.peft_io import LoadedAdapter
-    from lorafusion_jax.models import Base
+    from lorafusion_jax.models.hf_weights import Dtype
 
 JobsOption = Annotated[list[str] | None, typer.Option("--job", help="A job; all by default.")]
 
 # What vLLM's --max-lora-rank accepts.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Largest difference of logits, as a share of the largest logit, that float32 sums in another order
-# explain; a wrong scale, target or transposition is far beyond it.
-_TOLERANCE = 1e-3
-_PROBE_TOKENS = 64
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+type Format = Literal["peft", "peft-uniform", "merged"]
 
 
 def register(app: typer.Typer) -> None:
@@ -32,51 +32,119 @@ def register(app: typer.Typer) -> None:
 def export(
     run: RunArgument,
     job: JobsOption = None,
-    out: Annotated[Path | None, typer.Option(help="Copy into this folder, one each.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write into this folder, one each.")] = None,
+    format: Annotated[
+        Literal["peft", "peft-uniform", "merged"],
+        typer.Option(
+            help="PEFT's; the same at one rank and scale, for servers that know no patterns; or "
+            "the base model with the adapter merged into it."
+        ),
+    ] = "peft",
     checkpoint: Annotated[
         Literal["best", "last"], typer.Option(help="By held-out loss, or at the end.")
     ] = "best",
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the stored weights.")
-    ] = "float32",
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Of the stored weights: float32 by default; merged, the base's own."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file of a merged model, in KB, MB or GB.")
+    ] = "5GB",
     verify: Annotated[
         bool, typer.Option("--verify", help="Reload, and compare logits with a merged model.")
     ] = False,
 ) -> None:
-    """Write PEFT adapters and print the commands that serve them."""
+    """Write PEFT adapters or merged models, and print the commands that serve them."""
     from lorafusion_jax.cli.answers import adapter_folder
-    from lorafusion_jax.lora.peft_io import load_peft, save_peft
+    from lorafusion_jax.lora.peft_io import load_peft
     from lorafusion_jax.train.run_folder import open_run
 
     folder = open_run(run)
     names = job or list(folder.jobs)
+    shard_bytes = parse_size(max_shard_size)
     paths = {name: adapter_folder(folder, name, checkpoint) for name in names}
-    if out is None and dtype != "float32":
+    if out is None and format != "peft":
+        raise AdapterError(f"--format {format} needs --out, the folder to write into")
+    if out is None and dtype not in (None, "float32"):
         raise AdapterError(f"--dtype {dtype} needs --out: the run's own adapters stay float32")
     adapters = {name: load_peft(path) for name, path in paths.items()}
+    model = folder.config.base.model
     if out is not None:
-        for name, (adapter, spec, base, _) in adapters.items():
-            paths[name] = save_peft(out / name, adapter, spec, base, dtype)
+        for name, loaded in adapters.items():
+            if format == "merged":
+                paths[name] = _write_merged(out / name, model, loaded, dtype, shard_bytes)
+            else:
+                paths[name] = _write_peft(out / name, loaded, format, dtype)
     for path in paths.values():
         print(path)
-    model = folder.config.base.model
     if verify:
-        check_adapters(model, paths)
+        from lorafusion_jax.cli.compare import check_adapters, check_merged
+
+        check_merged(model, paths, adapters) if format == "merged" else check_adapters(model, paths)
+    if format == "merged":
+        print("\n" + "\n".join(f"vllm serve {shlex.quote(str(p))}" for p in paths.values()))
+        return
+    patterned = [n for n, (adapter, spec, *_) in adapters.items() if spec.patterned(adapter)]
+    if patterned and format == "peft":
+        print(
+            f"\n# vLLM and SGLang ignore the patterns of {', '.join(patterned)}: to serve them, "
+            "export with --format peft-uniform --out FOLDER"
+        )
+        return
     ranks = [loaded.spec.max_rank(loaded.adapter) for loaded in adapters.values()]
     print("\n" + "\n".join(serve_commands(model, paths, max(ranks))))
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes of a size such as 5GB.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"--max-shard-size {text!r}: expected a size such as 500MB or 5GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _write_peft(
+    directory: Path, loaded: "LoadedAdapter", format: Format, dtype: "Dtype | None"
+) -> Path:
+    from lorafusion_jax.lora.peft_io import save_peft
+    from lorafusion_jax.lora.uniform import uniform_adapter
+
+    adapter, spec = loaded.adapter, loaded.spec
+    if format == "peft-uniform":
+        adapter, spec = uniform_adapter(adapter, spec)
+    base = loaded.base_model_name_or_path
+    return save_peft(directory, adapter, spec, base, dtype or "float32")
+
+
+def _write_merged(
+    directory: Path, model: str, loaded: "LoadedAdapter", dtype: "Dtype | None", shard_bytes: int
+) -> Path:
+    from lorafusion_jax.models.merged import save_merged
+
+    return save_merged(
+        directory, model, loaded.adapter, loaded.spec, dtype=dtype, max_shard_bytes=shard_bytes
+    )
 
 
 def serve_commands(model: str, adapters: dict[str, Path], max_rank: int) -> list[str]:
     """Returns the lines to serve adapters with vLLM and with SGLang.
 
     Args:
-        model: the base's path.
+        model: the base's path or hub id.
         adapters: PEFT folder by name.
         max_rank: largest rank among them.
 
     Raises:
         AdapterError: vLLM has no setting for the rank.
     """
+    from lorafusion_jax.models.hub import hub_id
+
+    if (hub := hub_id(model)) is not None:
+        model = hub.repo
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= max_rank), None)
     if rank is None:
         raise AdapterError(f"r={max_rank} cannot be served: vLLM takes up to {VLLM_RANKS[-1]}")
@@ -92,81 +160,3 @@ def serve_commands(model: str, adapters: dict[str, Path], max_rank: int) -> list
         f"python -m sglang.launch_server --model-path {base} --enable-lora "
         f"--max-loras-per-batch {len(adapters)} --lora-paths {named}",
     ]
-
-
-def check_adapters(model: str, paths: dict[str, Path]) -> None:
-    """Reloads adapters, compares their logits with merged weights, and prints the differences.
-
-    Raises:
-        AdapterError: a folder does not fit the model, or computes something else than a merge of
-            its weights.
-    """
-    from lorafusion_jax.cli.session import start_jax
-    from lorafusion_jax.lora.peft_io import load_peft
-    from lorafusion_jax.models import load_base
-
-    start_jax()
-    base = load_base(model, "float32")
-    rows = []
-    for name, path in paths.items():
-        difference, moved = compare_with_merge(base, load_peft(path, base.model))
-        rows.append((name, f"{difference:.1e}", f"{moved:.1e}"))
-        if not difference <= _TOLERANCE:
-            raise AdapterError(
-                f"{path}: its logits differ from a manual merge by {difference:.1e} of the "
-                f"largest one, expected at most {_TOLERANCE:.0e}"
-            )
-    print()
-    print_table(("verified", "differs from a merge by", "differs from the base by"), rows)
-
-
-def compare_with_merge(base: "Base", loaded: "LoadedAdapter") -> tuple[float, float]:
-    """Compares an adapter's logits with those of merged weights, and with the base's.
-
-    Args:
-        base: the base model in float32.
-        loaded: the adapter.
-
-    Returns:
-        Largest difference to the merged model and to the base, as shares of the largest logit.
-    """
-    import jax.numpy as jnp
-
-    from lorafusion_jax.lora.bank import attach_adapters, multi_linears, put_slot
-
-    tokens = jnp.arange(_PROBE_TOKENS, dtype=jnp.int32) * 7 % base.config.vocab_size
-    adapter, spec = loaded.adapter, loaded.spec
-    linears = multi_linears(base.model)
-    largest = spec.max_rank(adapter)
-    bank = put_slot(attach_adapters(base.model, list(adapter), 1, largest), 0, spec, adapter)
-    plain, adapted = _logits(base, bank, tokens, -1), _logits(base, bank, tokens, 0)
-    kernels = {path: linears[path].kernel[...] for path in adapter}
-    for path, (a, b) in adapter.items():
-        linears[path].kernel[...] = kernels[path] + spec.scale_of(path) * jnp.asarray(
-            a
-        ).T @ jnp.asarray(b)
-    merged = _logits(base, bank, tokens, -1)
-    for path, kernel in kernels.items():
-        linears[path].kernel[...] = kernel
-    largest = jnp.abs(merged).max()
-    return float(jnp.abs(adapted - merged).max() / largest), float(
-        jnp.abs(adapted - plain).max() / largest
-    )
-
-
-def _logits(base: "Base", bank, tokens, slot: int):
-    """Returns the logits of one sample with the adapter in a slot, -1 for none."""
-    import jax.numpy as jnp
-
-    from lorafusion_jax.lora.bank import lora_context, merge_adapters, split_adapters
-    from lorafusion_jax.models import Decoder, Segments
-
-    count = tokens.shape[0]
-    segments = Segments(jnp.zeros(count, jnp.int32), jnp.asarray([0, count], jnp.int32))
-    # Any row key but 0, which marks padding.
-    lora = lora_context(
-        bank, jnp.asarray([slot], jnp.int32), jnp.ones(count, jnp.uint32), train=False
-    )
-    model = merge_adapters(*split_adapters(base.model), bank)
-    assert isinstance(model, Decoder)
-    return model.logits(model(tokens, jnp.arange(count, dtype=jnp.int32), segments, lora))

@@ -29,7 +29,7 @@ from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear
 from lorafusion_jax.lora.targets import LoraSpec
 
-type Matrix = Float[Array | np.ndarray, "r _"]
+type Matrix = Float[Array | np.ndarray, "_r _"]  # ranks may differ between modules
 type Adapter = dict[str, tuple[Matrix, Matrix]]
 type Stacks = dict[str, Float[Array, "slots r_max _"]]
 

@@ -69,6 +69,43 @@ def parse_hf_config(values: Values) -> ModelConfig:
     )
 
 
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Returns a config.json for a model that came without one.
+
+    Raises:
+        ModelError: the model has a feature that is not written.
+    """
+    if config.model_type not in ("llama", "qwen2", "qwen3"):
+        raise ModelError(f"config.json of model_type {config.model_type!r} cannot be written")
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind != "linear":
+        raise ModelError(
+            f"rope scaling {scaling.kind!r} of the file cannot be said in config.json: use the "
+            "model's Hugging Face directory"
+        )
+    values = {
+        "architectures": [FAMILIES[config.model_type].architecture],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        **{name: getattr(config, name) for name in _SIZES},
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling and {"rope_type": "linear", "factor": scaling.factor},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+    values = {key: value for key, value in values.items() if value not in (None, [], False)}
+    if parse_hf_config(values) != config:
+        raise ModelError(f"this {config.model_type} cannot be described by a config.json")
+    return values
+
+
 def _llama(values: Values) -> dict[str, Any]:
     return {
         "attention_bias": bool(_or(values, "attention_bias", False)),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from lorafusion_jax.errors import ModelError
 from lorafusion_jax.models.config import ModelConfig, token_ids
@@ -28,7 +30,11 @@ type Dtype = Literal["float32", "bfloat16"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = ("float32", "bfloat16")
-_FLOATS = ("F32", "F16", "BF16")
+_FLOATS = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +124,23 @@ def random_base(
 
 
 def _load_directory(directory: Path, dtype: Dtype) -> Base:
-    values = _read_json(directory / "config.json")
+    values = read_json(directory / "config.json")
     config = ModelConfig.from_hf(values)
     generation = directory / "generation_config.json"
     if generation.is_file():
-        more = token_ids(_read_json(generation).get("eos_token_id"))
+        more = token_ids(read_json(generation).get("eos_token_id"))
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
-    model = build_decoder(config, _read_tensors(directory), jnp.dtype(dtype), str(directory))
+    model = build_decoder(config, read_tensors(directory), jnp.dtype(dtype), str(directory))
     name = directory.resolve().name
     return Base(model, config, str(directory), name, partial(load_tokenizer, directory))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of a model directory.
+
+    Raises:
+        ModelError: there is no such file, or it holds something else.
+    """
     if not path.is_file():
         raise ModelError(f"{path.parent}: no {path.name}: expected a Hugging Face model directory")
     try:
@@ -141,8 +152,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_tensors(directory: Path) -> dict[str, LazyTensor]:
-    """Headers of all shards; data is read tensor by tensor."""
+def read_tensors(directory: Path) -> dict[str, LazyTensor]:
+    """Reads the headers of all shards of a directory; data is read tensor by tensor.
+
+    Raises:
+        ModelError: weights are missing, damaged or of another kind.
+    """
     if (directory / _SINGLE).is_file():
         return _read_shard(directory / _SINGLE)
     if not (directory / _INDEX).is_file():
@@ -152,7 +167,7 @@ def _read_tensors(directory: Path) -> dict[str, LazyTensor]:
             "save_pretrained"
         )
     tensors: dict[str, LazyTensor] = {}
-    weight_map = _read_json(directory / _INDEX).get("weight_map", {})
+    weight_map = read_json(directory / _INDEX).get("weight_map", {})
     for shard in sorted(set(weight_map.values())):
         # A shard's name is data of the index file: it must not lead out of the directory.
         if Path(shard).name != shard or not (directory / shard).is_file():
@@ -179,5 +194,9 @@ def _read_shard(path: Path) -> dict[str, LazyTensor]:
             raise ModelError(
                 f"{path}: {name} is {header.get_dtype()}: expected one of {list(_FLOATS)}"
             )
-        tensors[name] = LazyTensor(tuple(header.get_shape()), partial(file.get_tensor, name))
+        tensors[name] = LazyTensor(
+            tuple(header.get_shape()),
+            partial(file.get_tensor, name),
+            _FLOATS[header.get_dtype()],
+        )
     return tensors

@@ -28,10 +28,12 @@ class LazyTensor:
     Attributes:
         shape: its shape in Hugging Face's layout (linears are [out, in]).
         read: returns it.
+        dtype: that it comes in.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: np.dtype = np.dtype(np.float32)  # noqa: RUF009  (never changed)
 
 
 class _Slot(NamedTuple):

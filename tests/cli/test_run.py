@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.cli import answers, export
+from lorafusion_jax.cli import answers, compare, export
 from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.models import load_base
 from lorafusion_jax.train.run_folder import open_run
@@ -146,13 +147,35 @@ def test_bfloat16_export_needs_a_folder_and_halves_the_file(trained, lorafusion,
     assert half.stat().st_size < 0.7 * whole.stat().st_size
 
 
+def test_merged_export_is_a_model_of_its_own(trained, lorafusion, tmp_path, base, monkeypatch):
+    run, out = trained[1], tmp_path / "merged"
+    words = ["export", run, "--job", "numbers", "--format", "merged", "--verify"]
+    assert lorafusion(*words)[0] == 2  # where to?
+    code, text, err = lorafusion(*words, "--out", out, "--max-shard-size", "20KB")
+    assert code == 0 and f"vllm serve {out}/numbers" in text, err
+    assert len(list((out / "numbers").glob("model-*.safetensors"))) > 1
+    merged = load_base(out / "numbers")
+    assert merged.tokenizer.encode("one") == base.tokenizer.encode("one")
+    assert lorafusion(*words, "--out", tmp_path / "x", "--max-shard-size", "many")[0] == 2
+
+    from lorafusion_jax.models import merged as module
+
+    def wrong(directory, model, adapter, spec, **settings):
+        return save(directory, model, adapter, replace(spec, alpha=spec.alpha * 1.1), **settings)
+
+    save = module.save_merged
+    monkeypatch.setattr(module, "save_merged", wrong)
+    code, _, err = lorafusion(*words, "--out", tmp_path / "wrong")
+    assert code == 2 and "differ from base and adapter" in err
+
+
 def test_verification_catches_an_adapter_that_computes_something_else(trained, base, monkeypatch):
     """Negative control: a scale that is off by one percent in one of the two ways."""
     from lorafusion_jax.lora import bank
     from lorafusion_jax.lora.peft_io import load_peft
 
     loaded = load_peft(trained[1] / "jobs/numbers/adapter")
-    difference, moved = export.compare_with_merge(base, loaded)
+    difference, moved = compare.compare_with_merge(base, loaded)
     assert difference < 1e-5 < moved
     put_slot = bank.put_slot
 
@@ -161,7 +184,7 @@ def test_verification_catches_an_adapter_that_computes_something_else(trained, b
         return made._replace(scale=made.scale * 1.01)
 
     monkeypatch.setattr(bank, "put_slot", off)
-    assert export.compare_with_merge(base, loaded)[0] > 1e-4
+    assert compare.compare_with_merge(base, loaded)[0] > 1e-4
 
 
 def test_damaged_adapter_is_refused(trained, lorafusion, tmp_path):
