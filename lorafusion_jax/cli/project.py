@@ -9,29 +9,9 @@ from lorafusion_jax.errors import ConfigError
 
 CONFIG_NAME = "lorafusion.yaml"
 
-TEMPLATE = """\
-# One base model, many adapters. `lorafusion check` validates this file and the data.
-version: 1
-base:
-  model: path/to/model          # Hugging Face directory (safetensors) or a .gguf file
-  dtype: bfloat16               # float32 on a CPU
-output: runs/first
-seed: 0
-batching:
-  tokens_per_microbatch: 8192   # what one step takes; lower it if memory runs out
-  max_length: 1024
-  overlong: truncate            # truncate | drop | error
-defaults:                       # every job inherits these and may override them
-  lora: {r: 16, alpha: 32, dropout: 0.0, target_modules: all-linear}
-  optim: {name: adamw, lr: 2.0e-4, schedule: cosine, warmup_ratio: 0.03}
-  train: {epochs: 1, global_batch_size: 16}
-  eval: {split: 0.05, every: 50}
-jobs:                           # one adapter each; they train together
-  - name: first
-    data: {path: data/first.jsonl}   # text | prompt+completion | instruction+output | messages
-  - name: second
-    data: {path: data/second.jsonl}
-    lora: {r: 8, alpha: 16}
+_JOB_LIST = """\
+jobs:
+  # Names become folders; each job may set its own lora, optim, train, eval and save.
 """
 
 
@@ -42,9 +22,25 @@ def register(app: typer.Typer) -> None:
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
+def template(jobs: int) -> str:
+    """Returns a commented configuration with so many jobs: the long one for two, else a list."""
+    from lorafusion_jax.config import template_yaml
+
+    text = template_yaml()
+    if jobs == 2:
+        return text
+    width = len(str(jobs))
+    names = [f"job-{number:0{width}d}" for number in range(1, jobs + 1)]
+    lines = [f"  - {{name: {name}, data: {{path: data/{name}.jsonl}}}}\n" for name in names]
+    return text[: text.index("jobs:\n")] + _JOB_LIST + "".join(lines)
+
+
 def init(
     directory: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("."),
     demo: Annotated[bool, typer.Option("--demo", help="Also build the four demo tasks.")] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=256, help="How many jobs the template lists.")
+    ] = 2,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorafusion.yaml, and the demo's data with --demo."""
@@ -55,7 +51,7 @@ def init(
         raise ConfigError(f"{path} exists; --force replaces it")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(TEMPLATE)
+        path.write_text(template(jobs))
         print(f"wrote    {path}\nnext     lorafusion check {path}")
 
 

@@ -1,5 +1,6 @@
-"""The train command."""
+"""The commands that train: train, sweep."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,29 +17,78 @@ ConfigArgument = Annotated[Path, typer.Argument(help="lorafusion.yaml, or TOML b
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override, such as jobs.sql.lora.r=32.")
 ]
+ResumeOption = Annotated[
+    str, typer.Option(help="auto goes on where the output folder stands, never starts over.")
+]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every job.")]
+OutputOption = Annotated[Path | None, typer.Option(help="Output folder.")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Lines instead of a live table.")]
+SamplesOption = Annotated[int, typer.Option(min=0, help="Held-out rows to answer at the end.")]
 
 
 def register(app: typer.Typer) -> None:
     """Adds this module's command."""
     app.command()(train)
+    app.command()(sweep)
 
 
 def train(
     config: ConfigArgument,
     overrides: SetOption = None,
     jobs: Annotated[str | None, typer.Option(help="Train these only: a,b,c.")] = None,
-    resume: Annotated[
-        str, typer.Option(help="auto goes on where the output folder stands, never starts over.")
-    ] = "auto",
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps of every job.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Output folder.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live table.")] = False,
-    samples: Annotated[int, typer.Option(min=0, help="Held-out rows to answer at the end.")] = 2,
+    resume: ResumeOption = "auto",
+    max_steps: StepsOption = None,
+    output: OutputOption = None,
+    plain: PlainOption = False,
+    samples: SamplesOption = 2,
 ) -> None:
     """Train all jobs together; the same command again resumes."""
     run = read_config(config, overrides, jobs=jobs, max_steps=max_steps, output=output)
+    run_training(run, config, resume=resume, plain=plain, samples=samples)
+
+
+def sweep(
+    config: ConfigArgument,
+    job: Annotated[str, typer.Argument(help="The job to try with other values.")],
+    over: Annotated[
+        list[str], typer.Option(help="A key and its values: 'lora.r=[8, 32]'. Repeat for a grid.")
+    ],
+    overrides: SetOption = None,
+    resume: ResumeOption = "auto",
+    max_steps: StepsOption = None,
+    output: OutputOption = None,
+    plain: PlainOption = False,
+    samples: SamplesOption = 0,
+) -> None:
+    """Train one job with every combination of values, together, and compare them.
+
+    The same as a `sweep:` section in the job; other jobs are left out.
+    """
+    grid = ", ".join(_grid_entry(text) for text in over)
+    changed = [*(overrides or []), f"jobs.{job}.sweep={{{grid}}}"]
+    run = read_config(config, changed, jobs=job, max_steps=max_steps, output=output)
+    run_training(run, config, resume=resume, plain=plain, samples=samples)
+
+
+def _grid_entry(text: str) -> str:
+    key, equals, values = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--over {text!r}: expected key=[values], such as 'lora.r=[8, 32]'")
+    return f"{json.dumps(key.strip())}: {values}"
+
+
+def run_training(
+    run: "RunConfig", source: Path, *, resume: str, plain: bool, samples: int
+) -> "Results":
+    """Trains and shows what came of it.
+
+    Args:
+        run: the configuration.
+        source: file that it was read from.
+        resume: see `MultiTrainer.fit`.
+        plain: lines instead of a live table.
+        samples: held-out rows of each job to answer at the end.
+    """
     from lorafusion_jax.cli.answers import write_samples
     from lorafusion_jax.cli.progress import TrainProgress, bytes_text
     from lorafusion_jax.cli.session import device_line, start_jax
@@ -52,8 +102,9 @@ def train(
     print(f"base     {base.name}, {run.base.dtype} ({bytes_text(size_of(base.model))})")
     print(f"device   {device_line()}", flush=True)
     with TrainProgress(plain=plain) as progress:
-        results = trainer_from_config(run, base=base, listener=progress, source=config).fit(resume)
+        results = trainer_from_config(run, base=base, listener=progress, source=source).fit(resume)
     show_results(results)
+    show_sweeps(results)
     draw(results.folder)
     answered = {name: results.folder.job(name) / "samples.md" for name in results}
     if samples and not (progress.resumed_at_end and any(p.exists() for p in answered.values())):
@@ -66,6 +117,7 @@ def train(
     print(f"report   {report} (open it in a browser), summary.md, loss.png, utilisation.png")
     print(f'try      lorafusion generate {results.folder.path} --base --prompt "..."')
     print(f"serve    lorafusion export {results.folder.path} --verify")
+    return results
 
 
 def read_config(
@@ -95,7 +147,8 @@ def read_config(
         overrides.append(f"output={output.resolve()}")
     config = load_config(path, overrides)
     if max_steps is not None:
-        overrides += [f"jobs.{job.name}.train.max_steps={max_steps}" for job in config.jobs]
+        names = dict.fromkeys(job.identity for job in config.jobs)
+        overrides += [f"jobs.{name}.train.max_steps={max_steps}" for name in names]
         config = load_config(path, overrides)
     if jobs is None:
         return config
@@ -104,10 +157,10 @@ def read_config(
 
 
 def _chosen(config: "RunConfig", names: list[str]):
-    known = {job.name: job for job in config.jobs}
+    known = {name: None for job in config.jobs for name in (job.identity, job.name)}
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"no job {unknown[0]!r}; there are: {', '.join(known)}")
-    return [job for name, job in known.items() if name in names]
+    return [job for job in config.jobs if job.name in names or job.identity in names]
 
 
 def size_of(tree: object) -> int:
@@ -124,6 +177,18 @@ def show_results(results: "Results") -> None:
     headings = ("job", "steps", "loss, base", "adapter", "change", "exact, base", "adapter")
     print()
     print_table(headings, [_result_row(results, name) for name in results])
+
+
+def show_sweeps(results: "Results") -> None:
+    """Prints the comparison of each sweep, the lowest held-out loss first."""
+    from lorafusion_jax.train.comparison import cell
+
+    path = results.folder.path / "sweep.json"
+    tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, rows in tables.items():
+        print(f"\nsweep of {name}, lowest held-out loss first")
+        headings = tuple(key.replace("_", " ") for key in rows[0])
+        print_table(headings, [tuple(map(cell, row.values())) for row in rows])
 
 
 def _result_row(results: "Results", name: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from lorafusion_jax.config.problems import Problem, describe, nearest, report
 from lorafusion_jax.config.schema import HUB, JobConfig, RunConfig
 from lorafusion_jax.config.source import Key, Lines, parse_value, read_source
+from lorafusion_jax.config.sweep import Expanded, expand, sweep_problems
 from lorafusion_jax.errors import ConfigError
 
 INHERITED = ("data", "lora", "optim", "train", "eval", "save")
@@ -75,12 +76,13 @@ def config_from_dict(
     problems = _rename_aliases(raw)
     for text in overrides:
         problems += _override(raw, text, lines)
-    problems += _check_defaults(raw) + _check_names(raw)
+    problems += _check_defaults(raw) + _check_names(raw) + _check_sweeps(raw)
     config = None
+    run, jobs = _resolve(raw)
     try:
-        config = RunConfig.model_validate(_resolve(raw))
+        config = RunConfig.model_validate(run)
     except ValidationError as error:
-        problems += _problems(error, lambda key: _origin(raw, key))
+        problems += _problems(error, lambda key: _origin(raw, jobs, key))
     if problems or config is None:
         raise ConfigError(report(name, problems, lines, raw))
     return config if folder is None else _anchor_paths(config, Path(folder))
@@ -220,15 +222,39 @@ def _check_names(raw: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
-    """The content without `defaults`, each job merged with them."""
+def _check_sweeps(raw: dict[str, Any]) -> list[Problem]:
+    """Problems of the sweeps; those of the values are found where they are used."""
+    problems = []
+    for key, job in _holders(raw):
+        if key[0] != "jobs":
+            continue
+        found = sweep_problems(job, INHERITED)
+        problems += [Problem((*key, *below), message) for below, message in found]
+        if found:
+            job["sweep"] = None
+    if not problems:
+        _, jobs = _resolve(raw)
+        names = [str(one.job.get("name")).casefold() for one in jobs if isinstance(one.job, dict)]
+        for one in jobs:
+            name = str(one.job.get("name")) if isinstance(one.job, dict) else ""
+            if one.point is not None and names.count(name.casefold()) > 1:
+                message = f"gives a job {name!r}, which is there already: rename one of them"
+                problems.append(Problem(("jobs", one.index, "sweep"), message))
+    return problems
+
+
+def _resolve(raw: dict[str, Any]) -> tuple[dict[str, Any], list[Expanded]]:
+    """The content without `defaults`, each job merged with them and sweeps expanded; the jobs."""
     defaults = raw.get("defaults")
     defaults = _drop_empty(defaults) if isinstance(defaults, dict) else {}
     run = _drop_empty(raw)
     run.pop("defaults", None)
+    jobs: list[Expanded] = []
     if isinstance(run.get("jobs"), list):
-        run["jobs"] = [_merge(defaults, job) for job in run["jobs"]]
-    return run
+        merged = [_merge(defaults, job) for job in run["jobs"]]
+        jobs = expand(merged, ALIASES, EXCLUSIVE)
+        run["jobs"] = [one.job for one in jobs]
+    return run, jobs
 
 
 def _merge(defaults: dict[str, Any], job: Any) -> Any:
@@ -251,12 +277,19 @@ def _drop_empty(section: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if value is not None}
 
 
-def _origin(raw: dict[str, Any], key: Key) -> Key | None:
+def _origin(raw: dict[str, Any], jobs: list[Expanded], key: Key) -> Key | None:
     """Where the value at `key` of the resolved content was written; None if in the defaults.
 
     Problems of inherited values are found by `_check_defaults`.
     """
-    if key[:1] != ("jobs",) or len(key) < 4 or key[2] not in INHERITED:
+    if key[:1] != ("jobs",) or len(key) < 2 or not isinstance(key[1], int):
+        return key
+    one = jobs[key[1]]
+    key = ("jobs", one.index, *key[2:])
+    for swept in one.point or {}:
+        if ".".join(map(str, key[2:])).startswith(swept):
+            return (*key[:2], "sweep", swept)
+    if len(key) < 4 or key[2] not in INHERITED:
         return key
     return key if _has(raw, key) or not _has(raw, ("defaults", *key[2:])) else None
 

@@ -20,13 +20,13 @@ HINTS: dict[tuple[str, str], str] = {
     ("parallel", "fsdp"): f"{_REMOVE} (parallel has data and stage)",
     ("parallel", "tensor"): f"{_REMOVE} (parallel has data and stage)",
     ("report", "to"): f"{_REMOVE} (metrics are written as JSONL, plots and Markdown)",
-    ("", "sweep"): f"{_REMOVE} and list one job per combination",
+    ("", "sweep"): "unknown key: a sweep belongs to a job, as jobs: [{sweep: {lora.r: [8, 32]}}]",
     ("jobs", "init_from"): 'unknown key, did you mean "lora.init_from"?',
     ("lora", "rank"): 'unknown key, did you mean "r"?',
     ("lora", "modules_to_save"): _REMOVE,
     ("lora", "use_dora"): _REMOVE,
     ("lora", "bias"): f"{_REMOVE} (biases stay frozen)",
-    ("eval", "early_stopping_patience"): _REMOVE,
+    ("eval", "early_stopping_patience"): "unknown key: it is train.early_stopping.patience",
 }
 _EXPECTED = {
     "int_type": "a whole number",

@@ -347,6 +347,22 @@ class OptimConfig(Section):
         return self
 
 
+class EarlyStoppingConfig(Section):
+    """When a job that no longer gets better ends.
+
+    Attributes:
+        patience: evaluations in a row without a better held-out loss.
+        min_delta: how much lower a loss must be to count as better.
+        keep_bits: leave the room of the ended job empty, so that no bit of the other jobs changes;
+            by default they are packed anew without it, which adds up their gradients in another
+            order.
+    """
+
+    patience: int = Field(default=3, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+    keep_bits: bool = False
+
+
 class TrainConfig(Section):
     """How long a job trains and how its samples are grouped.
 
@@ -356,12 +372,14 @@ class TrainConfig(Section):
         global_batch_size: samples per optimizer step.
         on_nonfinite: what a non-finite gradient does to this job: reject the step, freeze the
             adapter as it is, or stop the run.
+        early_stopping: when the job ends before its last step; by default never.
     """
 
     epochs: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     global_batch_size: int = Field(default=16, ge=1)
     on_nonfinite: Literal["skip", "freeze", "stop"] = "skip"
+    early_stopping: EarlyStoppingConfig | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -423,8 +441,31 @@ class SaveConfig(Section):
     keep_best: int = Field(default=1, ge=0)
 
 
+class SweptConfig(Section):
+    """What a sweep made a job of; written by `sweep`, not by hand.
+
+    Attributes:
+        job: name of the job in the file, which decides held-out rows, order and initialisation.
+        values: the values that are this job's own, by dotted key.
+    """
+
+    job: str
+    values: dict[str, Any]
+
+
 class JobConfig(Section):
-    """One adapter to train: its data and its settings, defaults already filled in."""
+    """One adapter to train: its data and its settings, defaults already filled in.
+
+    Attributes:
+        name: of the job, its folder and its adapter.
+        data: what it learns from.
+        lora: the adapter.
+        optim: its optimizer.
+        train: how long it trains.
+        eval: what is held out of its data.
+        save: which of its checkpoints are kept.
+        swept: the sweep that it comes from.
+    """
 
     name: str
     data: DataConfig
@@ -433,6 +474,19 @@ class JobConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
+    swept: SweptConfig | None = None
+
+    @property
+    def identity(self) -> str:
+        """The name that decides held-out rows, order, initialisation and dropout."""
+        return self.name if self.swept is None else self.swept.job
+
+    @model_validator(mode="after")
+    def _stopping_needs_evaluation(self) -> Self:
+        evaluated = self.eval.split or self.eval.path is not None
+        if self.train.early_stopping is not None and not evaluated:
+            raise ValueError("train.early_stopping needs held-out rows: set eval.split or path")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -40,7 +40,8 @@ class TrainJob:
 
     Attributes:
         config: its settings.
-        seed: its 32-bit seed, a function of the run's seed and its name.
+        seed: its 32-bit seed, a function of the run's seed and its name (of a sweep, the name of
+            the job in the file).
         samples: training data.
         plan: its global batches for the planner.
         batch_tokens: supervised tokens of each global batch.
@@ -121,7 +122,7 @@ def resolve_job(
         train, held_out = np.arange(len(samples)), np.arange(len(eval_samples))
     else:
         eval_samples = samples
-        train, held_out = split_eval(len(samples), config.eval.split, seed, config.name)
+        train, held_out = split_eval(len(samples), config.eval.split, seed, config.identity)
     held_out = held_out[: config.eval.max_samples]
     batches = _batches(config, samples, train, seed)
     counts = samples.supervised_counts
@@ -131,7 +132,7 @@ def resolve_job(
     refuse_unused_patterns(spec, targets)
     return TrainJob(
         config=config,
-        seed=job_seed(seed, config.name),
+        seed=job_seed(seed, config.identity),
         samples=samples,
         plan=Job(name=config.name, batches=batches),
         batch_tokens=tokens,
@@ -197,7 +198,7 @@ def _epoch(
     """How often each visited sample was seen before, and which samples, in order."""
     weights = [part.weight for part in config.data.sources if part.weight is not None]
     if not weights or len(samples.sizes) != len(weights):
-        order = batch_order(seed, config.name, epoch, len(train))
+        order = batch_order(seed, config.identity, epoch, len(train))
         return np.full(len(train), epoch), train[order]
     ends = np.cumsum(samples.sizes)
     parts = np.split(train, np.searchsorted(train, ends[:-1]))
@@ -205,7 +206,7 @@ def _epoch(
         if not len(part):
             message = "has no row left to train on: all are too long or held out"
             raise DataError(message, path=source.path)
-    return mixed_order(seed, config.name, epoch, parts, weights)
+    return mixed_order(seed, config.identity, epoch, parts, weights)
 
 
 def lora_spec(config: JobConfig) -> LoraSpec:

@@ -16,6 +16,7 @@ from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.background import BackgroundSaver, SaveDone
 from lorafusion_jax.train.batch import JobRows, PackedBatch, pack, segment_bucket
 from lorafusion_jax.train.delivery import Delivery
+from lorafusion_jax.train.early_stop import STOPPED, note_evaluation
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import CheckpointSaved, JobEnded, Listener, Notice
 from lorafusion_jax.train.jobs import TrainJob, hyper_parameters
@@ -315,13 +316,31 @@ class Run:
         if to_evaluate or to_end or save:
             self._outcomes.settle()
         bank, slot = self.state.bank, self.schedule.slot
+        stopping = []
         for job in to_evaluate:
             self._delivery.evaluate(bank, job, slot[job.name], index)
+            rule = job.config.train.early_stopping
+            if note_evaluation(rule, self.progress[job.name]) and job not in to_end:
+                stopping.append(job)
         for job in to_end:
             self._delivery.end(bank, job, slot[job.name])
+        for job in stopping:
+            self._stop_early(job)
         failure = self._outcomes.failure
         if save or self.finished or failure is not None:
             self.save()
         if failure is not None:
             self.finish_saving()
             raise failure
+
+    def _stop_early(self, job: TrainJob) -> None:
+        rule = job.config.train.early_stopping
+        assert rule is not None
+        progress = self.progress[job.name]
+        self.listener(
+            Notice(
+                f"{job.name}: stopped early after step {progress.step} of {job.num_steps}: no "
+                f"better held-out loss in {rule.patience} evaluations"
+            )
+        )
+        self.end_job(job.name, STOPPED, repack=not rule.keep_bits)

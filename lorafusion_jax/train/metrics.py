@@ -3,11 +3,12 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from lorafusion_jax.train.comparison import cell, sweep_tables
 from lorafusion_jax.train.events import (
     CheckpointSaved,
     Compiling,
@@ -175,7 +176,10 @@ def _bucket(event: Compiling) -> str:
 def write_summary(
     folder: RunFolder, jobs: Sequence[TrainJob], progress: Mapping[str, JobProgress]
 ) -> None:
-    """Writes summary.md: one row per job, base against adapter on held-out samples."""
+    """Writes summary.md: one row per job, base against adapter on held-out samples.
+
+    The comparison tables of sweeps are there too, and as data in sweep.json.
+    """
     lines = [
         f"# {folder.path.resolve().name}",
         "",
@@ -188,7 +192,18 @@ def write_summary(
         cells = [job.name, str(job.config.lora.r), str(done.step), *map(_number, losses)]
         cells += map(_percent, (done.base_match, done.exact_match))
         lines.append("| " + " | ".join(cells) + " |")
+    tables = sweep_tables([job.config for job in jobs], progress)
+    for name, rows in tables.items():
+        lines += ["", f"## Sweep of {name}", "", "Lowest held-out loss first.", ""]
+        lines += [_row(rows[0]), "|---|" + "--:|" * (len(rows[0]) - 1)]
+        lines += [_row([cell(value) for value in row.values()]) for row in rows]
     write_text(folder.path / "summary.md", "\n".join(lines) + "\n")
+    if tables:
+        write_text(folder.path / "sweep.json", json.dumps(tables, indent=2) + "\n")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _number(value: float | None) -> str:

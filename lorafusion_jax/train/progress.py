@@ -13,7 +13,9 @@ class JobProgress:
         eval_loss, exact_match: of the last evaluation.
         step: global batches done.
         rejected: global batches rejected as non-finite.
-        status: "waiting", "training", "done" or "frozen".
+        status: "waiting", "training", "done", "frozen", or why it ended early.
+        stop_reference: held-out loss that early stopping compares with.
+        stale: evaluations in a row that were not better than it.
     """
 
     base_loss: float | None = None
@@ -25,3 +27,5 @@ class JobProgress:
     step: int = 0
     rejected: int = 0
     status: str = "waiting"
+    stop_reference: float | None = None
+    stale: int = 0

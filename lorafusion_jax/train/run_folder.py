@@ -34,6 +34,7 @@ _CONTENTS = (
     "jobs",
     "checkpoints",
     "summary.md",
+    "sweep.json",
     "loss.png",
     "utilisation.png",
     "report.html",
