@@ -13,7 +13,10 @@ from lorafusion_jax import cli, errors
 from lorafusion_jax.cli import status
 from lorafusion_jax.config import load_config
 
-COMMANDS = "init env bench check plan train status plot generate eval export import sweep".split()
+COMMANDS = """
+bench check env eval export generate import init plan plot report
+status sweep train verify-checkpoint
+""".split()
 # Wherever the packages come from (a checkout, an installation), a child finds them too.
 CHILD = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
