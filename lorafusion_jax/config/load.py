@@ -239,7 +239,7 @@ def _check_sweeps(raw: dict[str, Any]) -> list[Problem]:
             name = str(one.job.get("name")) if isinstance(one.job, dict) else ""
             if one.point is not None and names.count(name.casefold()) > 1:
                 message = f"gives a job {name!r}, which is there already: rename one of them"
-                problems.append(Problem(("jobs", one.index, "sweep"), message))
+                problems.append(Problem(("jobs", one.number, "sweep"), message))
     return problems
 
 
@@ -285,7 +285,7 @@ def _origin(raw: dict[str, Any], jobs: list[Expanded], key: Key) -> Key | None:
     if key[:1] != ("jobs",) or len(key) < 2 or not isinstance(key[1], int):
         return key
     one = jobs[key[1]]
-    key = ("jobs", one.index, *key[2:])
+    key = ("jobs", one.number, *key[2:])
     for swept in one.point or {}:
         if ".".join(map(str, key[2:])).startswith(swept):
             return (*key[:2], "sweep", swept)

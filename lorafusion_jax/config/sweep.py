@@ -26,12 +26,12 @@ class Expanded(NamedTuple):
 
     Attributes:
         job: its content.
-        index: of the job in the file that it comes from.
+        number: of the job in the file that it comes from, from 0.
         point: the swept values, by dotted key; None for a job without a sweep.
     """
 
     job: Any
-    index: int
+    number: int
     point: dict[str, Any] | None = None
 
 
