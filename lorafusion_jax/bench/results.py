@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path("docs/results")
 _VERSIONS_OF = ("lorafusion-jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -63,8 +64,14 @@ def write_results(
         "versions": versions(),
         "rows": rows,
     }
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(_one_row_a_line(record))
     return path
+
+
+def _one_row_a_line(record: dict[str, Any]) -> str:
+    head = json.dumps({**record, "rows": []}, indent=1, ensure_ascii=False)
+    rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in record["rows"])
+    return head.removesuffix("[]\n}") + f"[\n{rows}\n ]\n}}\n"
 
 
 def _module_and_arguments() -> list[str]:

@@ -1,23 +1,27 @@
 """Compares schedulers: bins against a lower bound, utilisation in simulation, planning time.
 
-    python -m lorafusion_jax.bench.schedule [--quick] [--seeds N]
+    lorafusion bench schedule [--quick] [--seeds N] [--part PART] [--cells FROM:TO] [--add]
 
 Lengths are synthetic, log-normal with the moments of summarisation data sets. Parts (column
 `part`): `packing` is one global batch of each of two jobs; `pipeline` is a run of four jobs; `auto`
 lets the planner choose the capacity; `balance` is the spread of microbatch times with attention.
-Times are CPU seconds of this process, so that a busy machine does not count.
+Times are CPU seconds of this process, so that a busy machine does not count. All of it takes an
+hour, mostly in the mixed-integer programs; `--part`, `--cells` and `--add` measure it in pieces.
 """
 
 import argparse
+import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lorafusion_jax.bench.results import RESULTS, Row, write_results
+from lorafusion_jax.bench.results import RESULTS, Row
 from lorafusion_jax.bench.schedule_milp import milp_packer
+from lorafusion_jax.bench.schedule_report import draw, report, write_measured
+from lorafusion_jax.errors import ConfigError
 from lorafusion_sched import (
     Clock,
     Cost,
@@ -41,6 +45,7 @@ from lorafusion_sched.simulate import slot_times
 TILE = 128
 BATCHES = 20  # global batches of each of four jobs
 MOMENTS = {"xsum": (560, 330), "cnn": (960, 460), "wikisum": (1700, 750)}  # tokens: mean, deviation
+PARTS = ("packing", "pipeline", "auto", "balance")
 LENGTHS = ("xsum", "cnn", "wikisum", "mix", "het")
 # (stages, global batch size, capacity, lengths)
 CELLS = (
@@ -62,6 +67,7 @@ CELLS = (
     (8, 32, 6144, "wikisum"),
 )
 
+type Cell = tuple[int, int, int, str]
 type Packer = Callable[[list[list[int]], int, int], list[Bin]]
 
 
@@ -129,6 +135,7 @@ def packing_rows(seeds: int, milp_seeds: int, milp_seconds: float, quick: bool) 
                             "seed": seed,
                             "microbatches": len(bins),
                             "noops": 0,
+                            "bound": _bound(pair, capacity),
                             "bins_over_bound": len(bins) / _bound(pair, capacity) - 1,
                             "fewer_than_ours": max(0, len(mine) - len(bins)),
                             "tail_rows": min(_rows(content, pair) for content in bins),
@@ -146,7 +153,9 @@ def _rows(content: Bin, pair: list[list[int]]) -> int:
     return sum(padded(sum(pair[j][i] for i in x), TILE) for j, x in content.items())
 
 
-def pipeline_rows(seeds: int, milp_seeds: int, milp_seconds: float, quick: bool) -> Iterator[Row]:
+def pipeline_rows(
+    seeds: int, milp_seeds: int, milp_seconds: float, cells: Sequence[Cell]
+) -> Iterator[Row]:
     """Plans whole runs; LoRAFusion packs by its programs, and also by our packer.
 
     `ours_full` always fills up to the capacity, as one static shape wants; `ours` may fill less.
@@ -170,7 +179,7 @@ def pipeline_rows(seeds: int, milp_seeds: int, milp_seconds: float, quick: bool)
         "ours_full": lambda problem: plan(replace(problem, cost=Cost())),
         "ours": plan,
     }
-    for stages, gbs, capacity, lengths in CELLS[3:4] if quick else CELLS:
+    for stages, gbs, capacity, lengths in cells:
         for seed in range(seeds):
             jobs = jobs_of(lengths, gbs, seed)
             labels: Row = {"part": "pipeline", "lengths": lengths, "gbs": gbs, "capacity": capacity}
@@ -272,60 +281,81 @@ def balance_rows(seeds: int, quick: bool) -> Iterator[Row]:
                 }
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
+def _rounded(row: Row) -> Row:
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def run(
     *,
     seeds: int = 5,
-    milp_seeds: int = 2,
+    milp_seeds: int = 1,
     milp_seconds: float = 3.0,
     quick: bool = False,
+    parts: Sequence[str] = PARTS,
+    cells: Sequence[Cell] = CELLS,
+    add: bool = False,
     root: Path = RESULTS,
 ) -> Path:
-    """Runs all parts and writes `cpu/schedule.json`.
+    """Runs the parts, writes `cpu/schedule.json` and draws its figures.
 
     Args:
-        seeds: instances of each kind.
+        seeds: instances of each kind; four times as many of the packing.
         milp_seeds: instances that are also given to the mixed-integer programs (minutes each).
         milp_seconds: limit of each program in seconds of wall time.
         quick: one small cell of each part.
+        parts: which ones.
+        cells: of the part `pipeline`.
+        add: keep the rows of the file that are not measured again.
         root: folder of all results.
 
     Returns:
         The file written.
     """
     if quick:
-        seeds, milp_seeds = 1, 1
-    rows: list[Row] = []
-    for part in (
-        packing_rows(4 * seeds, 4 * milp_seeds, milp_seconds, quick),
-        pipeline_rows(seeds, milp_seeds, milp_seconds, quick),
-        auto_rows(seeds, quick),
-        balance_rows(seeds, quick),
-    ):
-        for row in part:
-            rows.append({k: _round(v) if isinstance(v, float) else v for k, v in row.items()})
-    return write_results("schedule", rows, device="cpu", root=root)
+        seeds, milp_seeds, cells = 1, 1, CELLS[3:4]
+    sources = {
+        "packing": packing_rows(4 * seeds, 4 * milp_seeds, milp_seconds, quick),
+        "pipeline": pipeline_rows(seeds, milp_seeds, milp_seconds, cells),
+        "auto": auto_rows(seeds, quick),
+        "balance": balance_rows(seeds, quick),
+    }
+    rows = [_rounded(row) for part in parts for row in sources[part]]
+    path = write_measured(rows, add=add, root=root)
+    draw(json.loads(path.read_text())["rows"], path.parent)
+    return path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the command line, runs, and prints where the results are."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Parses the command line, runs, and prints the table, the bars and where the results are."""
+    parser = argparse.ArgumentParser(
+        prog="lorafusion bench schedule", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--quick", action="store_true", help="one small cell of each part")
     parser.add_argument("--seeds", type=int, default=5, help="instances of each kind")
-    parser.add_argument("--milp-seeds", type=int, default=2, help="of them given to the MILPs")
+    parser.add_argument("--milp-seeds", type=int, default=1, help="of them given to the MILPs")
     parser.add_argument("--milp-seconds", type=float, default=3.0, help="limit of each program")
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure this part only")
+    parser.add_argument("--cells", default=":", help="FROM:TO of the cells of the part pipeline")
+    parser.add_argument("--add", action="store_true", help="keep rows that are not measured again")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print what there is")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of all results")
     asked = parser.parse_args(arguments)
-    path = run(
-        seeds=asked.seeds,
-        milp_seeds=asked.milp_seeds,
-        milp_seconds=asked.milp_seconds,
-        quick=asked.quick,
-        root=asked.output,
-    )
+    path = asked.output / "cpu" / "schedule.json"
+    if not asked.show:
+        first, _, last = asked.cells.partition(":")
+        path = run(
+            seeds=asked.seeds,
+            milp_seeds=asked.milp_seeds,
+            milp_seconds=asked.milp_seconds,
+            quick=asked.quick,
+            parts=asked.part or PARTS,
+            cells=CELLS[int(first or 0) : int(last or len(CELLS))],
+            add=asked.add,
+            root=asked.output,
+        )
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: run `lorafusion bench schedule` first")
+    print(report(json.loads(path.read_text())["rows"]))
     print(path)
     return 0
 

@@ -10,6 +10,8 @@ from lorafusion_sched.stream import Policy, Settings, Stream, stream
 
 _TRIAL_SLOTS = 64  # settings are compared on this many slots first
 _FULL_LIMIT = 10_000  # samples; settings of larger problems are not compared in full
+_FINALS = 3  # settings compared in full, with both policies
+_FINAL_SIZES, _FINAL_PAIRS = 3, 2  # capacities, and pairs of them, compared in full
 _FRACTIONS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
 _MAX_SQUARES = 0.02  # below this share of the time, attention does not decide how to pack
 
@@ -37,18 +39,17 @@ def plan(problem: Problem) -> Plan:
     if _serial(problem) and all(_one_batch(job) for job in problem.jobs):
         if problem.max_active is None or len(problem.jobs) <= problem.max_active:
             return pack_plan(problem)
-    return stream(problem, choose_settings(problem))
-
-
-def choose_settings(problem: Problem) -> Settings:
-    """Returns the settings of the stream that `plan` takes."""
     ranked = sorted(_trials(problem), key=lambda settings: _pace(problem, settings))
-    samples = sum(len(batch) for job in problem.jobs for batch in job.batches)
-    if _serial(problem) or samples > _FULL_LIMIT:
-        return ranked[0]
+    if _serial(problem) or not _few_samples(problem):
+        return stream(problem, ranked[0])
     policies: tuple[Policy, ...] = ("even", "critical")
-    finals = [replace(settings, policy=p) for settings in ranked[:2] for p in policies]
-    return min(finals, key=lambda settings: plan_time(problem, stream(problem, settings)))
+    finals = [replace(settings, policy=p) for settings in ranked[:_FINALS] for p in policies]
+    plans = [stream(problem, settings) for settings in finals]
+    return min(plans, key=lambda answer: plan_time(problem, answer))
+
+
+def _few_samples(problem: Problem) -> bool:
+    return sum(len(batch) for job in problem.jobs for batch in job.batches) <= _FULL_LIMIT
 
 
 def _one_batch(job: Job) -> bool:
@@ -72,7 +73,8 @@ def _targets(problem: Problem) -> list[Settings]:
     if problem.cost.whole_bucket:
         settings = [Settings(target=c) for c in reversed(problem.capacities)]
     else:
-        settings = [Settings(target=t) for t in _steps(largest, problem.tile)]
+        targets = {*problem.capacities, *_steps(largest, problem.tile)}
+        settings = [Settings(target=t) for t in sorted(targets, reverse=True)]
     cost = problem.cost
     lengths = [s.length for job in problem.jobs for b in job.batches for s in b]
     squares = cost.per_square * sum(n * n for n in lengths)
@@ -118,23 +120,29 @@ def choose_capacity(problem: Problem) -> Problem:
         The problem with one or two of the capacities: those whose plan is fastest by the problem's
         cost and clock, a second one (another compilation) only where it gains at least 2%.
     """
-    if not problem.cost.whole_bucket:
+    if not problem.cost.whole_bucket:  # no microbatch is longer than what it holds: one plan tells
         used = max((mb.capacity for mb in plan(problem).microbatches), default=0)
         return replace(problem, capacities=(max(used, problem.capacities[0]),))
     longest = max((s.length for job in problem.jobs for b in job.batches for s in b), default=1)
     fits = [c for c in problem.capacities if c >= longest]
-    ones = [(c,) for c in fits]
-    halves = [[h for h in problem.capacities if 2 * h <= c] for c in fits]
-    twos = [(half[-1], c) for half, c in zip(halves, fits, strict=True) if half]
-    paces = {
-        capacities: min(_pace(candidate, settings) for settings in _trials(candidate))
-        for capacities in (*ones, *twos)
-        for candidate in (replace(problem, capacities=capacities),)
-    }
-    best, pair = (min(sizes, key=paces.__getitem__, default=()) for sizes in (ones, twos))
-    chosen = replace(problem, capacities=best)
-    if pair:
-        both = replace(problem, capacities=pair)
-        if plan_time(both, plan(both)) < 0.98 * plan_time(chosen, plan(chosen)):
-            return both
-    return chosen
+    best, best_time = _fastest(problem, [(c,) for c in fits], _FINAL_SIZES)
+    # A second size for what is left over, or the other way round: a larger one for the longest
+    # samples, which would make all other microbatches long too.
+    larger = sorted({fits[0], *best.capacities})
+    twos = [(small, c) for c in larger for small in problem.capacities if small < c]
+    if twos:
+        pair, time = _fastest(problem, twos, _FINAL_PAIRS)
+        if time < 0.98 * best_time:
+            return pair
+    return best
+
+
+def _fastest(problem: Problem, sizes: list[tuple[int, ...]], finals: int) -> tuple[Problem, float]:
+    """Compares sets of capacities on the first slots, the best few in full."""
+    candidates = [replace(problem, capacities=capacities) for capacities in sizes]
+    paces = [min(_pace(one, settings) for settings in _trials(one)) for one in candidates]
+    ranked = sorted(range(len(candidates)), key=paces.__getitem__)
+    count = finals if _few_samples(problem) else 1
+    times = {i: plan_time(candidates[i], plan(candidates[i])) for i in ranked[:count]}
+    best = min(times, key=times.__getitem__)
+    return candidates[best], times[best]
