@@ -107,12 +107,13 @@ class RunTrainConfig(Section):
     """Settings of the whole run, not of a job.
 
     Attributes:
-        remat: which activations are recomputed in the backward pass to save memory.
+        remat: which activations are recomputed in the backward pass to save memory; auto takes the
+            first of none, mlp, attention and full that fits the device.
         deterministic: the same run gives the same bits on a GPU too, at some cost in speed; on a
             CPU it always does.
     """
 
-    remat: Literal["none", "mlp", "attention", "full"] = "none"
+    remat: Literal["auto", "none", "mlp", "attention", "full"] = "auto"
     deterministic: bool = False
 
 

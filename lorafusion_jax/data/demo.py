@@ -37,7 +37,7 @@ _JOBS = {
 }
 _RUN = {
     "cpu": {"dtype": "float32", "tokens": 512, "tile": 16, "remat": "full", "eval_every": 20},
-    "gpu": {"dtype": "bfloat16", "tokens": 4096, "tile": 128, "remat": "none", "eval_every": 50},
+    "gpu": {"dtype": "bfloat16", "tokens": 4096, "tile": 128, "remat": "auto", "eval_every": 50},
 }
 
 

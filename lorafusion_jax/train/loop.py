@@ -5,7 +5,7 @@ The wait for a microbatch and its report are `outcome`, evaluation and export ar
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from lorafusion_jax.train.delivery import Delivery
 from lorafusion_jax.train.early_stop import STOPPED, note_evaluation
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import CheckpointSaved, JobEnded, Listener, Notice
+from lorafusion_jax.train.feed import Feed
 from lorafusion_jax.train.jobs import TrainJob, hyper_parameters
 from lorafusion_jax.train.outcome import Outcomes
 from lorafusion_jax.train.programs import Programs
@@ -28,6 +29,17 @@ from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule
 from lorafusion_jax.train.step import TrainState
 from lorafusion_sched import to_json
+
+AHEAD = 2
+"""Microbatches that are packed and put on the device before their turn."""
+
+
+class _Want(NamedTuple):
+    """Which microbatch to pack, of which plan, and the jobs that still train."""
+
+    generation: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
+    live: frozenset[str]
 
 
 @dataclass
@@ -50,6 +62,7 @@ class Run:
         cursor: next microbatch.
         ended: jobs that ended early, and the microbatch from which on they are skipped.
         tokens: real tokens trained by this process.
+        planned_memory: what the memory planner predicted, in words.
     """
 
     base: Base
@@ -67,6 +80,7 @@ class Run:
     cursor: int = 0
     ended: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
+    planned_memory: str = ""
 
     def __post_init__(self):
         self._by_name = {job.name: job for job in self.jobs}
@@ -75,6 +89,8 @@ class Run:
         self._replanner = Replanner(self._num_slots)
         for job in self.jobs:
             self.progress.setdefault(job.name, JobProgress())
+        self._generation = 0
+        self._feed = Feed(self._make)
         self._place_rows()
         self._outcomes = Outcomes(
             self._by_name,
@@ -98,7 +114,8 @@ class Run:
         """Starts to compile the programs in the background."""
         if self.cursor < len(self.schedule.plan.microbatches):
             example = self.evaluator.example(self._num_slots)
-            self.programs.announce(self.state, self._hyper, self._pack(self.cursor), example)
+            batch, _ = self._feed.get(self._want(self.cursor))
+            self.programs.announce(self.state, self._hyper, batch, example)
 
     def evaluate_base(self) -> None:
         """Evaluates the base model on the held-out samples of every job that has not started."""
@@ -171,8 +188,9 @@ class Run:
         self._replanner.start(self.schedule, change, added)
 
     def close(self) -> None:
-        """Ends the planner's thread."""
+        """Ends the threads of the planner and of the feed."""
         self._replanner.close()
+        self._feed.close()
 
     def save(self) -> None:
         """Starts to save a checkpoint of everything, unless this one exists."""
@@ -211,10 +229,12 @@ class Run:
 
     def _train(self, index: int) -> None:
         """Dispatches one microbatch, and the update of the slots whose global batch it ends."""
-        batch = self._pack(index)
+        last = min(index + AHEAD, len(self.schedule.plan.microbatches) - 1)
+        ahead = [self._want(coming) for coming in range(index + 1, last + 1)]
+        batch, ends = self._feed.get(self._want(index), ahead)
         self.state, loss = self.programs.train(self.state, batch)
         report = None
-        if np.any(batch.batch_end):
+        if np.any(ends):
             self.state, report = self.programs.update(self.state, self._hyper, batch.batch_end)
         self._outcomes.dispatched(index, loss, report)
 
@@ -253,16 +273,26 @@ class Run:
     def _place_rows(self) -> None:
         """Notes where each job's rows come from and go to, for the jobs that are in the plan."""
         slots = self.schedule.slot
+        self._generation += 1
         self._rows = {
             job.name: JobRows(slots[job.name], job.seed, job.samples, job.batch_tokens)
             for job in self.jobs
             if job.name in slots
         }
 
-    def _pack(self, index: int) -> PackedBatch:
+    def _want(self, index: int) -> _Want:
+        live = frozenset(name for name in self._rows if self._is_live(name))
+        return _Want(self._generation, index, live)
+
+    def _make(self, want: _Want) -> tuple[PackedBatch, np.ndarray]:
+        """Packs a microbatch and puts it on the device; also says, on the host, what ends."""
+        batch = self._pack(want)
+        return jax.device_put(batch), np.asarray(batch.batch_end)
+
+    def _pack(self, want: _Want) -> PackedBatch:
         batch, _ = pack(
-            self.schedule.plan.microbatches[index],
-            {name: rows for name, rows in self._rows.items() if self._is_live(name)},
+            self.schedule.plan.microbatches[want.index],
+            {name: self._rows[name] for name in want.live},
             tile=self.tile,
             num_slots=self._num_slots,
             max_segments=self._segments,

@@ -1,6 +1,7 @@
 """From a schedule to a run in memory: adapters beside the base model, programs, restored state."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 from jaxtyping import PyTree
@@ -12,12 +13,15 @@ from lorafusion_jax.lora.bank import (
     split_adapters,
     with_patterns,
 )
+from lorafusion_jax.models.decoder import Remat
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train.background import BackgroundSaver
+from lorafusion_jax.train.batch import segment_bucket
 from lorafusion_jax.train.evaluate import Evaluator
 from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.memory import Step, choose_remat, device_bytes, moments_of, predict
 from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.resume import Saved, restore_state, run_facts
@@ -73,12 +77,21 @@ def prepare_run(
     for notice in saved.notices:
         listener(Notice(notice))
     capacity = max(m.capacity for m in schedule.plan.microbatches)
-    model = Model(
-        graphdef,
-        config.train.remat,
-        loss_chunk(base.config.vocab_size, capacity),
-        config.train.deterministic,
+    chunk = loss_chunk(base.config.vocab_size, capacity)
+    step = Step(
+        base.config,
+        capacity,
+        num_slots,
+        max(job.max_rank for job in jobs),
+        itemsize=base.model.head_weight().dtype.itemsize,
+        loss_chunk=chunk,
+        segments=segment_bucket(schedule.plan.microbatches),
+        moments=moments_of(job.config.optim.name for job in jobs),
+        kernels=jax.default_backend() == "gpu",
+        tile=tile,
     )
+    remat, planned = _plan_memory(step, config.train.remat)
+    model = Model(graphdef, remat, chunk, config.train.deterministic)
     programs = Programs(model, frozen, listener)
     run = Run(
         base=base,
@@ -95,10 +108,22 @@ def prepare_run(
         progress={name: JobProgress(**values) for name, values in saved.progress.items()},
         cursor=saved.cursor,
         ended=dict(saved.ended),
+        planned_memory=planned,
     )
     if saved.change is not None and not saved.joined:
         run.resume_change(saved.change)
     return run
+
+
+def _plan_memory(step: Step, wish: Remat | Literal["auto"]) -> tuple[Remat, str]:
+    """Returns the remat policy, and what it was planned to need."""
+    available = device_bytes()
+    if wish == "auto":
+        remat = "none" if available is None else choose_remat(step, available)[0]
+    else:
+        remat = wish
+    has = "" if available is None else f"; the device has {available / 2**30:.2f} GiB"
+    return remat, f"train.remat {remat} was planned to need {predict(step, remat)}{has}"
 
 
 def _targeted(base: Base, jobs: Sequence[TrainJob]) -> list[str]:

@@ -169,7 +169,7 @@ class MultiTrainer:
             for job, data in self._jobs
         ]
         folder = RunFolder(self._output)
-        with run_lock(folder.path), StopSignals() as signals, _explained_memory(config):
+        with run_lock(folder.path), StopSignals() as signals, _explained_memory(config) as planned:
             saved = find_saved(folder, config, self._base, jobs, resume, self._at)
             schedule = self._schedule(config, jobs, saved)
             folder.write_start(config, to_json(schedule.plan), self._source)
@@ -181,6 +181,7 @@ class MultiTrainer:
                 run = prepare_run(
                     self._base, config, jobs, folder, schedule, saved, saver, listener
                 )
+                planned.append(run.planned_memory)
                 with closing(run):
                     _drive(run, signals)
                 listener(RunEnded(time.perf_counter() - start, run.tokens, _peak_bytes()))
@@ -278,16 +279,17 @@ def _drive(run: Run, signals: StopSignals) -> None:
 
 
 @contextmanager
-def _explained_memory(config: RunConfig) -> Iterator[None]:
-    """Turns the device's out-of-memory errors into ours."""
+def _explained_memory(config: RunConfig) -> Iterator[list[str]]:
+    """Turns the device's out-of-memory errors into ours; yields a list for what was planned."""
+    planned: list[str] = []
     try:
-        yield
+        yield planned
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ResourceError(
-            f"out of device memory: {str(error).splitlines()[0][:300]}\n"
-            f"lower batching.tokens_per_microbatch (now {config.batching.tokens_per_microbatch}) "
+            "\n".join(["out of device memory: " + str(error).splitlines()[0][:300], *planned, ""])
+            + f"lower batching.tokens_per_microbatch (now {config.batching.tokens_per_microbatch}) "
             f"or raise train.remat (now {config.train.remat}; mlp, attention, then full); the last "
             "checkpoint is intact"
         ) from error

@@ -358,10 +358,10 @@ def poisoned(monkeypatch, job: str, batch: int) -> None:
     """Makes the loss of one global batch of a job infinite."""
     real = loop.Run._pack
 
-    def pack(run, index):
-        packed = real(run, index)
+    def pack(run, want):
+        packed = real(run, want)
         slot = run.schedule.slot[job]
-        for stretch in run.schedule.plan.microbatches[index].stretches:
+        for stretch in run.schedule.plan.microbatches[want.index].stretches:
             if stretch.job == job and stretch.batch == batch:
                 mine = np.repeat(packed.tile_adapter == slot, TILE) & (packed.loss_weight > 0)
                 weight = np.where(mine, np.float32(np.inf), packed.loss_weight)
