@@ -90,6 +90,7 @@ def document(body: Element, *, title: str) -> str:
 def picture(svg: Element) -> str:
     """Returns an SVG file that carries its own style, for pages outside of a report."""
     svg.insert(0, el("style", STYLE))
+    svg.insert(1, el("rect", width="100%", height="100%", class_="back"))
     svg.set("xmlns", "http://www.w3.org/2000/svg")
     return tostring(svg, encoding="unicode") + "\n"
 
@@ -109,7 +110,7 @@ STYLE = (
     )
     + "svg{max-width:100%;height:auto;display:block}"
     "svg text{font:12px system-ui,sans-serif;fill:var(--soft)}svg .name{fill:var(--text)}"
-    ".grid{stroke:var(--line);stroke-width:1;fill:none}.pad{fill:var(--line)}"
+    ".back{fill:var(--back)}.grid{stroke:var(--line);stroke-width:1;fill:none}.pad{fill:var(--line)}"
     ".thin{stroke-width:1.2;opacity:.8}.bold{stroke-width:2}.edge{stroke:var(--back);stroke-width:1}"
     ".bad{stroke:var(--c1);stroke-width:2;fill:none}"
 )
