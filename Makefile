@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "targets: install demo test test-all test-wheel test-gpu scoreboard lint format types bench-% readme clean"
+	@echo "targets: install demo test test-all test-wheel test-gpu scoreboard lint format types bench-% docs readme clean"
 
 install: $(READY)
 
@@ -85,10 +85,14 @@ types: $(READY)
 bench-%: $(READY)
 	$(LORAFUSION) bench $*
 
+# Strict: a broken link, a page outside of the navigation or an asset of another host is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
 readme: $(READY)
 	$(PY) -m lorafusion_jax.bench.report
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo-model demo test test-all test-wheel test-gpu scoreboard scoreboard-gpu lint format types readme clean
+.PHONY: help install demo-model demo test test-all test-wheel test-gpu scoreboard scoreboard-gpu lint format types docs readme clean

@@ -85,10 +85,17 @@ def config_page() -> str:
         described = attributes_of(section)
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in section.model_fields.items():
-            cells = (f"`{name}`", type_text(field), default_text(field), described.get(name, ""))
+            meaning = described.get(name) or _below(field)
+            cells = (f"`{name}`", type_text(field), default_text(field), meaning)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
+
+
+def _below(field: FieldInfo) -> str:
+    """Returns the first line of the section that a key holds."""
+    kinds = _section_types(field.annotation)
+    return inspect.cleandoc(kinds[0].__doc__ or "").partition("\n")[0] if kinds else ""
 
 
 def heading(place: str) -> str:

@@ -2,7 +2,8 @@
 
     python -m lorafusion_jax.bench.report [--check] [README.md]
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is between them is replaced.
+A table stands with its heading between `<!-- table NAME -->` and `<!-- end -->`; what is between them
+is replaced, by nothing where there is no such file.
 With `--check` nothing is written, and a README that is out of date gives exit code 1.
 """
 
@@ -29,12 +30,14 @@ class Table(NamedTuple):
     """How a bench is printed.
 
     Attributes:
+        title: heading of its part, which is only there where it was measured.
         columns: one printed column each; where `pivot` is given, what rows are grouped by.
         pivot: key whose values become further columns, such as `impl`.
         value: what stands in those columns.
         where: only rows with these values are printed.
     """
 
+    title: str
     columns: tuple[Column, ...]
     pivot: str | None = None
     value: Column | None = None
@@ -43,6 +46,7 @@ class Table(NamedTuple):
 
 TABLES = {
     "demo": Table(
+        "The demo: four tasks learnt together",
         (
             Column("job", "task"),
             Column("rank", "rank"),
@@ -51,9 +55,10 @@ TABLES = {
             Column("adapter_loss", "loss, adapter", ".2f"),
             Column("base_exact", "exact match, base", ".0%"),
             Column("adapter_exact", "exact match, adapter", ".0%"),
-        )
+        ),
     ),
     "kernels": Table(
+        "LoRA linears against the frozen linear",
         (
             Column("tokens", "tokens", ","),
             Column("k", "k"),
@@ -66,6 +71,7 @@ TABLES = {
         value=Column("ratio_to_frozen", "time / frozen", ".2f"),
     ),
     "layer": Table(
+        "A decoder layer",
         (
             Column("impl", "implementation"),
             Column("tokens", "tokens", ","),
@@ -73,9 +79,10 @@ TABLES = {
             Column("tokens_per_s", "tokens/s", ",.0f"),
             Column("mfu", "MFU", ".1%"),
             Column("ratio_to_frozen", "time / frozen", ".2f"),
-        )
+        ),
     ),
     "training": Table(
+        "Training",
         (
             Column("lengths", "lengths"),
             Column("system", "system"),
@@ -83,9 +90,10 @@ TABLES = {
             Column("mfu", "MFU", ".1%"),
             Column("padding", "padding", ".1%"),
             Column("peak_gib", "peak GiB", ".1f"),
-        )
+        ),
     ),
     "schedule": Table(
+        "Planning",
         (
             Column("lengths", "lengths"),
             Column("stages", "stages"),
@@ -97,6 +105,7 @@ TABLES = {
         where={"part": "pipeline", "clock": "1f1b"},
     ),
     "scaling": Table(
+        "Several devices",
         (
             Column("system", "system"),
             Column("model", "model"),
@@ -105,7 +114,7 @@ TABLES = {
             Column("tokens_per_s", "tokens/s", ",.0f"),
             Column("mfu", "MFU", ".1%"),
             Column("bubble", "bubble", ".1%"),
-        )
+        ),
     ),
 }
 
@@ -155,7 +164,7 @@ def render(table: Table, rows: list[Row]) -> str:
 
 
 def section(bench: str, root: Path = RESULTS) -> str:
-    """Returns all devices' tables and figures of one bench, each with the command that made it."""
+    """Returns a bench's heading, tables and figures of all devices, with the commands behind them."""
     parts = []
     for path in sorted(root.glob(f"*/{bench}.json")):
         record = json.loads(path.read_text())
@@ -167,7 +176,7 @@ def section(bench: str, root: Path = RESULTS) -> str:
         for figure in sorted(path.parent.glob(f"{bench}_*.png")):
             name = figure.stem.replace("_", " ")
             parts.append(f"![{name}]({RESULTS.as_posix()}/{path.parent.name}/{figure.name})\n")
-    return "\n".join(parts)
+    return "\n".join([f"### {TABLES[bench].title}\n", *parts] if parts else [])
 
 
 def update(text: str, root: Path = RESULTS) -> str:

@@ -88,7 +88,12 @@ class BatchingConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How many devices share the work: `data` copies of a pipeline of `stage` devices."""
+    """How many devices share the work: `data` copies of a pipeline of `stage` devices.
+
+    Attributes:
+        data: copies of the model that train on different microbatches.
+        stage: devices that each hold a part of the layers.
+    """
 
     data: int = Field(default=1, ge=1)
     stage: int = Field(default=1, ge=1)
@@ -229,6 +234,7 @@ class LoraConfig(Section):
         r: rank.
         alpha: numerator of the scale alpha/r, or alpha/sqrt(r) with `use_rslora`.
         dropout: rate on the input of the adapter; 0, or from 1/512 up.
+        use_rslora: scale by alpha/sqrt(r) in place of alpha/r.
         target_modules: "all-linear", a list of module names, or a regex for whole module paths.
         exclude_modules: modules to leave out, by the same rules.
         layers_to_transform: number or list of numbers of the layers to adapt, from 0; by default
@@ -458,7 +464,8 @@ class JobConfig(Section):
     """One adapter to train: its data and its settings, defaults already filled in.
 
     Attributes:
-        name: of the job, its folder and its adapter.
+        name: of the job, its folder and its adapter: 1 to 64 of A-Z a-z 0-9 . _ - without a leading
+            dot.
         data: what it learns from.
         lora: the adapter.
         optim: its optimizer.

@@ -32,6 +32,9 @@ def test_table_is_rendered_from_the_file(tmp_path):
     assert "old" not in text and "some-gpu" in text and "`bench it`" in text
     assert "| 8,192 | 4096 | 4096 | 16 | 4 | fwd | 1.00 | 1.06 |" in text  # seeds are averaged
     assert report.update(text, tmp_path) == text
+    # A heading without a measurement below it would promise something.
+    heading = "### LoRA linears against the frozen linear"
+    assert heading in text and heading not in report.update(readme, tmp_path / "empty")
     (tmp_path / "some-gpu/kernels_ratio.png").touch()
     figure = "![kernels ratio](docs/results/some-gpu/kernels_ratio.png)"
     assert figure in report.update(text, tmp_path)
