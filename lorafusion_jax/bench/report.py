@@ -2,8 +2,8 @@
 
     python -m lorafusion_jax.bench.report [--check] [README.md]
 
-A table stands with its heading between `<!-- table NAME -->` and `<!-- end -->`; what is between them
-is replaced, by nothing where there is no such file.
+Between `<!-- table NAME -->` and `<!-- end -->` stands a table with its heading; what is between
+them is replaced, by nothing where there is no such file.
 With `--check` nothing is written, and a README that is out of date gives exit code 1.
 """
 
@@ -164,7 +164,7 @@ def render(table: Table, rows: list[Row]) -> str:
 
 
 def section(bench: str, root: Path = RESULTS) -> str:
-    """Returns a bench's heading, tables and figures of all devices, with the commands behind them."""
+    """Returns a bench's heading, tables and figures of all devices, and the commands behind."""
     parts = []
     for path in sorted(root.glob(f"*/{bench}.json")):
         record = json.loads(path.read_text())
