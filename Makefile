@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-gpu | lint | types | bench-kernels ...
+# make demo | test | test-all | test-gpu | check-sass | lint | types | bench-kernels ...
 # PYTHON=...  interpreter to build the environment from (3.12 or newer; found by itself otherwise)
 # VENV=...    folder of the environment; VENV=none uses PYTHON as it is and installs nothing
 VENV ?= .venv
@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "targets: install demo test test-all test-wheel test-gpu scoreboard lint format types bench-% docs readme clean"
+	@echo "targets: install demo test test-all test-wheel test-gpu check-sass scoreboard lint format types bench-% docs readme clean"
 
 install: $(READY)
 
@@ -71,6 +71,20 @@ scoreboard: $(READY)
 scoreboard-gpu: $(READY)
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m tests.reliability.scoreboard --gpu
 
+# Compiles the kernels to H100 machine code without a GPU and looks for spilled registers.
+# The wheels (0.7 GB) stay beside the environment: jax would look for a driver if it saw them.
+SASS := build/sass
+SASS_WHEELS := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc==13.0.88 \
+	nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 \
+	nvidia-cuda-cupti==13.0.85
+
+$(SASS)/.installed: Makefile
+	$(PY) -m pip install --quiet --no-deps --target $(SASS) $(SASS_WHEELS)
+	touch $@
+
+check-sass: $(READY) $(SASS)/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/sched:$(CURDIR)/$(SASS) $(PY) -m tests.kernels.check_sass $(WORDS)
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -95,4 +109,4 @@ readme: $(READY)
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo-model demo test test-all test-wheel test-gpu scoreboard scoreboard-gpu lint format types docs readme clean
+.PHONY: help install demo-model demo test test-all test-wheel test-gpu check-sass scoreboard scoreboard-gpu lint format types docs readme clean

@@ -1,7 +1,13 @@
 """Tile sizes of the kernels: classes that refuse impossible values."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+_SMS = 132
+_TILE_ROWS = 128
+_SMEM_BYTES = 230_400  # of 232,448; the rest is barriers and alignment
+_SMEM_TARGET = 220_000  # what the heuristics below stay under
 
 
 def _multiple(name: str, value: int, of: int) -> None:
@@ -36,22 +42,51 @@ class GemmTiles:
     Attributes:
         split: dimension along which the two compute warpgroups share a block's tile.
         stages: slots of the ring, each 64 deep.
+        staged: pieces of 64 x 64 outputs that a warpgroup may have on their way to memory.
         minor: dimension of the outputs that neighbouring blocks walk along first.
         width: tiles in that dimension before the walk turns.
+        cluster: blocks, one below the other, that fetch each piece of W once for all of them.
+        lora_depth: depth of a LoRA step. 64 goes through the ring; 16 or 32 has a slot of its own
+            and serves ranks up to that size, others fall back to 64.
+        mask_ahead: whether `dx` makes a tile's mask while the products of the tile before run.
     """
 
     split: Literal["m", "n"] = "n"
     stages: int = 4
+    staged: int = 2
     minor: Literal["m", "n"] = "n"
     width: int = 8
+    cluster: int = 1
+    lora_depth: int = 64
+    mask_ahead: bool = False
 
     def __post_init__(self):
         if self.split not in ("m", "n") or self.minor not in ("m", "n"):
             raise ValueError(f"split={self.split!r} and minor={self.minor!r} must be 'm' or 'n'")
-        _multiple("stages", self.stages, 1)
-        _multiple("width", self.width, 1)
-        if self.stages > 4:
-            raise ValueError(f"stages={self.stages}: four slots of 48 KiB are all that fit")
+        for name in ("stages", "width"):
+            _multiple(name, getattr(self, name), 1)
+        if self.staged not in (1, 2, 4):  # they go round in a tile's four pieces
+            raise ValueError(f"staged={self.staged} must be 1, 2 or 4")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"cluster={self.cluster} must be 1 or 2")
+        if self.lora_depth not in (16, 32, 64):
+            raise ValueError(f"lora_depth={self.lora_depth} must be 16, 32 or 64")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: one slot cannot be filled while it is read")
+        if self.smem_bytes > _SMEM_BYTES:
+            raise ValueError(
+                f"stages={self.stages}, staged={self.staged}, lora_depth={self.lora_depth} and "
+                f"mask_ahead={self.mask_ahead} take {self.smem_bytes} bytes of shared memory, "
+                f"{_SMEM_BYTES} are there"
+            )
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a block, without barriers."""
+        narrow = 384 * self.lora_depth * 2 if self.lora_depth < 64 else 0
+        rows = 64 if self.split == "m" else 128
+        mask = 2 * rows * 16 * 4 if self.mask_ahead else 0
+        return self.stages * 384 * 64 * 2 + self.staged * 2 * 64 * 64 * 2 + narrow + mask
 
 
 @dataclass(frozen=True)
@@ -62,11 +97,14 @@ class GradUpTiles:
         panel: columns of dY that a block owns; its dB stays in registers.
         stages: slots of the ring, each 128 x 128.
         splits: parts that the row tiles are divided into over blocks.
+        atomic: whether parts of dB are added in memory, in the order in which they come: faster,
+            but not the same bits from one run to the next, and not under vmap.
     """
 
     panel: int = 512
     stages: int = 3
     splits: int = 16
+    atomic: bool = False
 
     def __post_init__(self):
         _multiple("panel", self.panel, 128)
@@ -84,11 +122,13 @@ class GradDownTiles:
         panel: columns of X that a block owns; its dA stays in registers.
         stages: slots of the ring, each 128 rows.
         splits: parts that the row tiles are divided into over blocks.
+        atomic: as in `GradUpTiles`, for dA.
     """
 
     panel: int = 128
     stages: int = 4
     splits: int = 4
+    atomic: bool = False
 
     def __post_init__(self):
         _multiple("panel", self.panel, 128)
@@ -98,42 +138,109 @@ class GradDownTiles:
             raise ValueError(f"panel={self.panel}: more than 256 columns of dA spill registers")
 
 
-_SMS = 132
-_TILE_ROWS = 128
-_SMEM_BYTES = 220_000  # of 232,448; the rest is barriers and alignment
-
-
 def _splits(blocks: int, tiles: int) -> int:
     """Parts of `tiles` row tiles that fill one wave of multiprocessors with `blocks` columns."""
     return max(1, min(tiles, _SMS // blocks))
 
 
-def down_tiles(rows: int, k: int, rank: int) -> DownTiles:
-    """Returns the sizes of `down` for an input of `rows` x `k` and all ranks together."""
-    row_blocks = -(-rows // 64)
-    splits = max(1, min(_SMS // row_blocks, k // 512))
-    tile_k = 128 if rank <= 64 else 64
-    fixed, per_stage = 64 * rank * 6, (64 + rank) * tile_k * 2
-    stages = min(4, (_SMEM_BYTES - fixed) // per_stage // 2 * 2)
+class Shape(NamedTuple):
+    """What sizes depend on.
+
+    Attributes:
+        rows: of X.
+        k: inputs.
+        widths: outputs of each projection that shares X.
+        rank: of each of them, as padded for the kernels.
+    """
+
+    rows: int
+    k: int
+    widths: tuple[int, ...]
+    rank: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of all projections side by side."""
+        return self.rank * len(self.widths)
+
+
+type Sizes = DownTiles | GemmTiles | GradUpTiles | GradDownTiles
+
+
+def down_tiles(shape: Shape) -> DownTiles:
+    """Returns the sizes of `down`; few rows are split along k, to fill the multiprocessors."""
+    row_blocks = -(-shape.rows // 64)
+    splits = max(1, min(_SMS // row_blocks, shape.k // 512))
+    tile_k = 128 if shape.ranks <= 64 else 64
+    fixed, per_stage = 64 * shape.ranks * 6, (64 + shape.ranks) * tile_k * 2
+    stages = min(4, (_SMEM_TARGET - fixed) // per_stage // 2 * 2)
     return DownTiles(tile_k, stages, splits)
 
 
-def gemm_tiles(op: Literal["base_up", "dx"], rows: int, depth: int, columns: int) -> GemmTiles:
-    """Returns the sizes of a large product of `rows` x `depth` x `columns`."""
-    return GemmTiles("m", minor="m", width=16) if op == "base_up" else GemmTiles()
+def base_up_tiles(shape: Shape) -> GemmTiles:
+    """Returns the sizes of `base_up`."""
+    return GemmTiles("m", minor="m", width=16)
 
 
-def grad_up_tiles(rows: int, widths: tuple[int, ...], rank: int) -> GradUpTiles:
-    """Returns the sizes of `grad_up` for projections of these widths."""
-    panel = 512 if min(widths) >= 512 else 128
-    chunks = -(-rank // 64)
-    blocks = sum(-(-width // panel) for width in widths) * chunks
-    return GradUpTiles(panel, stages=3, splits=_splits(blocks, -(-rows // _TILE_ROWS)))
+def dx_tiles(shape: Shape) -> GemmTiles:
+    """Returns the sizes of `dx`."""
+    return GemmTiles()
 
 
-def grad_down_tiles(rows: int, k: int, rank: int) -> GradDownTiles:
-    """Returns the sizes of `grad_down` for an input of `rows` x `k`."""
-    chunks = min(3, -(-rank // 64))
-    blocks = -(-k // 128) * -(-rank // (64 * chunks))
-    stages = min(4, (_SMEM_BYTES - 32_768) // (2 * _TILE_ROWS * (128 + 64 * chunks)))
-    return GradDownTiles(128, stages, _splits(blocks, -(-rows // _TILE_ROWS)))
+def grad_up_tiles(shape: Shape) -> GradUpTiles:
+    """Returns the sizes of `grad_up`."""
+    panel = 512 if min(shape.widths) >= 512 else 128
+    chunks = -(-shape.rank // 64)
+    blocks = sum(-(-width // panel) for width in shape.widths) * chunks
+    return GradUpTiles(panel, stages=3, splits=_splits(blocks, -(-shape.rows // _TILE_ROWS)))
+
+
+def grad_down_tiles(shape: Shape) -> GradDownTiles:
+    """Returns the sizes of `grad_down`."""
+    chunks = min(3, -(-shape.ranks // 64))
+    blocks = -(-shape.k // 128) * -(-shape.ranks // (64 * chunks))
+    stages = min(4, (_SMEM_TARGET - 32_768) // (2 * _TILE_ROWS * (128 + 64 * chunks)))
+    return GradDownTiles(128, stages, _splits(blocks, -(-shape.rows // _TILE_ROWS)))
+
+
+# Class and heuristic of each operation, for compute capability 9.0.
+OPERATIONS: dict[str, tuple[type[Sizes], Callable[[Shape], Sizes]]] = {
+    "down": (DownTiles, down_tiles),
+    "base_up": (GemmTiles, base_up_tiles),
+    "grad_up": (GradUpTiles, grad_up_tiles),
+    "grad_down": (GradDownTiles, grad_down_tiles),
+    "dx": (GemmTiles, dx_tiles),
+}
+
+
+def _gemm_candidates(start: GemmTiles, *, mask: bool) -> list[GemmTiles]:
+    """One change at a time, then those that may help each other."""
+    roomy = replace(start, stages=3, staged=4)  # all of a tile's outputs leave without a wait
+    found = [
+        start,
+        replace(start, split="n" if start.split == "m" else "m"),
+        roomy,
+        replace(start, cluster=2),
+        replace(roomy, cluster=2),
+        replace(roomy, lora_depth=16),
+        replace(roomy, cluster=2, lora_depth=16),
+        replace(start, minor="n", width=8) if start.minor == "m" else replace(start, minor="m"),
+        replace(start, minor="m", width=16) if start.minor == "n" else replace(start, width=8),
+    ]
+    if mask:
+        ahead = replace(start, split="m", stages=3, staged=4, mask_ahead=True)
+        found += [ahead, replace(ahead, cluster=2), replace(ahead, split="n", staged=2)]
+        found.append(replace(ahead, staged=2, cluster=2, lora_depth=16))
+    return found
+
+
+def candidates(op: str, shape: Shape) -> list[Sizes]:
+    """Returns the sizes that tuning compares for a shape, the heuristic's first."""
+    start = OPERATIONS[op][1](shape)
+    if isinstance(start, GemmTiles):
+        return list(_gemm_candidates(start, mask=op == "dx"))
+    if isinstance(start, DownTiles):
+        other = 192 - start.tile_k
+        return [start, replace(start, tile_k=other, stages=2 if other == 128 else start.stages)]
+    fewer = replace(start, splits=max(1, start.splits // 2))
+    return [start, fewer] if fewer != start else [start]

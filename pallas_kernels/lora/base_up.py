@@ -4,6 +4,8 @@ The term S B is extra steps of the same accumulator. A tile of outputs never str
 each loads only its own columns of S and its own adapter's rows of B.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -38,7 +40,11 @@ def base_up(
     (num_rows, k), dtype, group = x.shape, x.dtype, len(ws)
     widths = [w.shape[1] for w in ws]
     base_steps = gemm.steps_of(k)
-    lora_steps = [gemm.steps_of(s.shape[1]) for s in ss]
+    depth = gemm.lora_depth(sizes, [s.shape[1] for s in ss])
+    narrow, together = depth < TILE_K, sizes.cluster > 1
+    lora_steps = [-(-s.shape[1] // depth) for s in ss]
+    if together:  # blocks of a cluster take equal steps: a slot of zeros for tiles without adapter
+        b = tuple(jnp.pad(stack, ((0, 1), (0, 0), (0, 0))) for stack in b)
     sms = mgpu.num_sms()
     padded_biases = [
         jnp.pad(bias.astype(jnp.float32), (0, -bias.shape[0] % TILE_N))
@@ -52,45 +58,74 @@ def base_up(
         found = iter(rest[: len(padded_biases)])
         bias_gs = [None if bias is None else next(found) for bias in biases]
         rest = rest[len(padded_biases) :]
-        y_gs, (x_s, w_s, full, empty, staged) = rest[:group], rest[group:]
+        y_gs, (x_s, w_s, full, empty, staged, *own) = rest[:group], rest[group:]
         ring = mgpu.Ring((x_s, w_s), full, empty, sizes.stages)
+        lora_ring = mgpu.Ring(own[:2], own[2], own[3], 1) if narrow else ring
 
         def fetch(tile):
             return load_facts(table_g, tile)
 
         def steps(facts, i):
             """Ring steps of a tile's LoRA term."""
-            return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps[i]), jnp.int32(0))
+            count = jnp.int32(lora_steps[i])
+            return count if together else jnp.where(facts.adapter >= 0, count, jnp.int32(0))
+
+        def slot_of(facts):
+            if together:
+                return jnp.where(facts.adapter >= 0, facts.adapter, jnp.int32(b[0].shape[0] - 1))
+            return jnp.maximum(facts.adapter, 0)
+
+        def advance(progress, count):
+            """Progress after a tile with `count` LoRA steps."""
+            if narrow:
+                return gemm.Progress(progress.ring + base_steps, progress.lora + count)
+            return gemm.Progress(progress.ring + base_steps + count, progress.lora)
 
         def memory():
-            walked, step = 0, jnp.int32(0)
-            for i in range(group):
+            def visit(place, _, progress, i=0):
+                rows_, columns = mgpu.pl.ds(place.row, TILE_M), mgpu.pl.ds(place.column, TILE_N)
 
-                def visit(row, column, step, loaded, i=i):
-                    rows_, columns = mgpu.pl.ds(row, TILE_M), mgpu.pl.ds(column, TILE_N)
-
+                def base():
                     @mgpu.pl.loop(0, base_steps)
                     def _(index):
-                        depth = mgpu.pl.ds(index * TILE_K, TILE_K)
-                        ring.fill(step + index, (x_g.at[rows_, depth], w_gs[i].at[depth, columns]))
+                        here = mgpu.pl.ds(index * TILE_K, TILE_K)
+                        ring.fill(
+                            progress.ring + index,
+                            (x_g.at[rows_, here], w_gs[i].at[here, columns]),
+                            (False, together),
+                        )
 
-                    facts = facts_of(loaded)
-                    slot, count = jnp.maximum(facts.adapter, 0), steps(facts, i)
+                def lora(first):
+                    facts = facts_of(place.loaded)
+                    slot, count = slot_of(facts), steps(facts, i)
 
                     @mgpu.pl.loop(0, count)
                     def _(index):
-                        depth = mgpu.pl.ds(index * TILE_K, TILE_K)
-                        ring.fill(
-                            step + base_steps + index,
-                            (s_gs[i].at[rows_, depth], b_gs[i].at[slot, depth, columns]),
+                        here = mgpu.pl.ds(index * depth, depth)
+                        lora_ring.fill(
+                            first + index,
+                            (s_gs[i].at[rows_, here], b_gs[i].at[slot, here, columns]),
                         )
 
-                    return step + base_steps + count
+                    return count
 
-                walked, step = gemm.walk(
-                    fetch, (num_rows, widths[i]), sizes, sms, walked, step, visit
-                )
-            ring.drain(step)
+                if narrow:
+                    count = lora(progress.lora)
+                    base()
+                else:
+                    base()
+                    count = lora(progress.ring + base_steps)
+                return advance(progress, count)
+
+            walked, progress = 0, gemm.at_start()
+            for i in range(group):
+                walked, progress = gemm.walk(
+                    fetch, (num_rows, widths[i]), sizes, sms, walked, progress,
+                    partial(visit, i=i),
+                )  # fmt: skip
+            ring.drain(progress.ring)
+            if narrow:
+                lora_ring.drain(progress.lora)
 
         def compute(warpgroup):
             shape, row0, column0 = gemm.share(warpgroup, sizes)
@@ -99,30 +134,39 @@ def base_up(
             def operands(x_tile, w_tile):
                 return x_tile.at[my_rows, :], w_tile.at[:, my_columns]
 
-            walked, step = 0, jnp.int32(0)
+            def visit(place, _, progress, i=0):
+                more = steps(facts_of(place.loaded), i)
+
+                def products(accumulator):
+                    def lora():
+                        @mgpu.pl.when(more > 0)
+                        def _():
+                            mgpu.wgmma(accumulator, *operands(*lora_ring.take(progress.lora)))
+
+                    gemm.contract(
+                        ring, accumulator, progress.ring, base_steps, operands,
+                        more=None if narrow else more, last=lora if narrow else None,
+                    )  # fmt: skip
+
+                value = mgpu.accumulate(shape, products)
+                if narrow:
+
+                    @mgpu.pl.when(more > 0)
+                    def _():
+                        lora_ring.release(progress.lora)
+
+                row, column = place.row + row0, place.column + column0
+                if bias_gs[i] is not None:
+                    value = value + mgpu.load_columns(bias_gs[i], column, shape)
+                gemm.store_tile(value.astype(dtype), staged, warpgroup, y_gs[i], row, column)
+                return advance(progress, more)
+
+            walked, progress = 0, gemm.at_start()
             for i in range(group):
-
-                def visit(row, column, step, loaded, i=i):
-                    more = steps(facts_of(loaded), i)
-                    value = mgpu.accumulate(
-                        shape,
-                        lambda acc: gemm.contract(ring, acc, step, base_steps, operands, more),
-                    )
-                    if bias_gs[i] is not None:
-                        value = value + mgpu.load_columns(bias_gs[i], column + column0, shape)
-                    gemm.store_tile(
-                        value.astype(dtype),
-                        staged,
-                        warpgroup,
-                        y_gs[i],
-                        row + row0,
-                        column + column0,
-                    )
-                    return step + base_steps + more
-
-                walked, step = gemm.walk(
-                    fetch, (num_rows, widths[i]), sizes, sms, walked, step, visit
-                )
+                walked, progress = gemm.walk(
+                    fetch, (num_rows, widths[i]), sizes, sms, walked, progress,
+                    partial(visit, i=i),
+                )  # fmt: skip
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)
@@ -131,11 +175,13 @@ def base_up(
         mgpu.launch(
             body,
             out_type=tuple(jax.ShapeDtypeStruct((num_rows, n), dtype) for n in widths),
-            grid=(sms,),
+            grid=(sms // sizes.cluster,),
             grid_names=("sm",),
+            cluster=sizes.cluster,
             scratch=(
-                *gemm.ring_scratch(sizes, dtype, transposed=False),
-                gemm.epilogue_scratch(dtype),
+                *gemm.ring_scratch(sizes, TILE_K, dtype, transposed=False),
+                gemm.epilogue_scratch(sizes, dtype),
+                *(gemm.ring_scratch(sizes, depth, dtype, transposed=False) if narrow else ()),
             ),
             name="lora_base_up",
         )(x, rows.table, *ws, *ss, *b, *padded_biases)

@@ -12,7 +12,14 @@ from jaxtyping import Array, Float
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
-from pallas_kernels.lora.mask import clear_padding, drop, load_keys, row_mask
+from pallas_kernels.lora.mask import (
+    clear_padding,
+    drop,
+    drop_packed,
+    load_keys,
+    pack_pieces,
+    row_mask,
+)
 from pallas_kernels.segments import TILE_ROWS, Tiles, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
@@ -37,50 +44,68 @@ def dx(
     """
     num_rows, k, dtype, group = dys[0].shape[0], ws[0].shape[0], dys[0].dtype, len(ws)
     depths = [gemm.steps_of(w.shape[1]) for w in ws]
-    base_steps, lora_steps = sum(depths), gemm.steps_of(ds.shape[1])
+    base_steps = sum(depths)
+    depth = gemm.lora_depth(sizes, [ds.shape[1]])
+    narrow, together = depth < TILE_K, sizes.cluster > 1
+    lora_steps = -(-ds.shape[1] // depth)
     sms = mgpu.num_sms()
 
     def body(ds_g, a_g, table_g, key_g, site_g, *rest):
         dy_gs, w_gs = rest[:group], rest[group : 2 * group]
-        dx_g, x_s, w_s, full, empty, staged = rest[2 * group :]
+        dx_g, x_s, w_s, full, empty, staged, *own = rest[2 * group :]
         ring = mgpu.Ring((x_s, w_s), full, empty, sizes.stages)
+        bits_s = own.pop() if sizes.mask_ahead else None
+        lora_ring = mgpu.Ring(own[:2], own[2], own[3], 1) if narrow else ring
 
         def steps(facts):
-            """Ring steps of a tile's LoRA term."""
+            """Ring steps of a tile's LoRA term; blocks of a cluster take equal steps."""
+            if together:  # whatever comes of a tile without adapter is masked
+                return jnp.int32(lora_steps)
             return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps), jnp.int32(0))
 
+        def begin(progress, count):
+            """Where a tile's LoRA and base steps begin, and the progress after it."""
+            if narrow:
+                after = gemm.Progress(progress.ring + base_steps, progress.lora + count)
+                return progress.lora, progress.ring, after
+            base = progress.ring + count
+            return progress.ring, base, gemm.Progress(base + base_steps, progress.lora)
+
         def memory():
-            def visit(row, column, step, loaded):
-                facts = facts_of(loaded)
-                rows_, columns = mgpu.pl.ds(row, TILE_M), mgpu.pl.ds(column, TILE_N)
+            def visit(place, _, progress):
+                facts = facts_of(place.loaded)
+                rows_, columns = mgpu.pl.ds(place.row, TILE_M), mgpu.pl.ds(place.column, TILE_N)
                 slot, count = jnp.maximum(facts.adapter, 0), steps(facts)
+                lora, base, after = begin(progress, count)
 
                 @mgpu.pl.loop(0, count)
                 def _(index):
-                    depth = mgpu.pl.ds(index * TILE_K, TILE_K)
-                    ring.fill(step + index, (ds_g.at[rows_, depth], a_g.at[slot, columns, depth]))
+                    here = mgpu.pl.ds(index * depth, depth)
+                    lora_ring.fill(
+                        lora + index, (ds_g.at[rows_, here], a_g.at[slot, columns, here])
+                    )
 
-                step = step + count
                 for dy_g, w_g, steps_i in zip(dy_gs, w_gs, depths, strict=True):
 
-                    def one(index, step, dy_g=dy_g, w_g=w_g):
-                        depth = mgpu.pl.ds(index * TILE_K, TILE_K)
-                        ring.fill(step, (dy_g.at[rows_, depth], w_g.at[columns, depth]))
-                        return step + 1
+                    @mgpu.pl.loop(0, steps_i)
+                    def _(index, base=base, dy_g=dy_g, w_g=w_g):
+                        here = mgpu.pl.ds(index * TILE_K, TILE_K)
+                        ring.fill(
+                            base + index,
+                            (dy_g.at[rows_, here], w_g.at[columns, here]),
+                            (False, together),
+                        )
 
-                    step = lax.fori_loop(0, steps_i, one, step)
-                return step
+                    base = base + steps_i
+                return after
 
-            walked = gemm.walk(
+            _, progress = gemm.walk(
                 lambda tile: load_facts(table_g, tile),
-                (num_rows, k),
-                sizes,
-                sms,
-                0,
-                jnp.int32(0),
-                visit,
-            )
-            ring.drain(walked[1])
+                (num_rows, k), sizes, sms, 0, gemm.at_start(), visit,
+            )  # fmt: skip
+            ring.drain(progress.ring)
+            if narrow:
+                lora_ring.drain(progress.lora)
 
         def compute(warpgroup):
             shape, row0, column0 = gemm.share(warpgroup, sizes)
@@ -89,56 +114,84 @@ def dx(
             def operands(dy_tile, w_tile):
                 return dy_tile.at[my_rows, :], w_tile.at[my_columns, :].transpose((1, 0))
 
-            def lora(accumulator, step, count):
+            def lora(accumulator, first, count):
                 @mgpu.pl.when(count > 0)
                 def _():
-                    gemm.contract(ring, accumulator, step, lora_steps, operands)
+                    gemm.contract(lora_ring, accumulator, first, lora_steps, operands)
 
             def fetch(tile):
                 here = mgpu.pl.ds(tile * TILE_ROWS + row0, shape[0])
                 return load_facts(table_g, tile), load_keys(key_g.at[here])
 
-            def masked(value, facts, keys, column):
+            def mask_of(place):
+                facts = facts_of(place.loaded[0])
+                return facts, row_mask(place.loaded[1], site_g[0], facts.threshold)
+
+            def make_bits(place):
+                """Pieces of work that leave the mask of a tile in SMEM, to be used by the next."""
+                facts, mask = mask_of(place)
+                assert bits_s is not None
+                return pack_pieces(
+                    bits_s.at[warpgroup], mask, facts.threshold, place.column + column0, shape[1]
+                )
+
+            def masked(value, place):
                 """The LoRA term with its mask; most tiles without dropout need none."""
-                mask = row_mask(keys, site_g[0], facts.threshold)
+                facts, mask = mask_of(place)
+
+                def dropped(value):
+                    if bits_s is not None:
+                        return drop_packed(value, bits_s.at[warpgroup])
+                    return drop(value, mask, place.column + column0)
+
                 return lax.cond(
                     facts.threshold > 0,
-                    lambda v: drop(v, mask, column),
+                    dropped,
                     lambda v: lax.cond(
                         facts.padding > 0, lambda u: clear_padding(u, mask), lambda u: u, v
                     ),
                     value,
                 )
 
-            def visit(row, column, step, fetched):
-                facts, keys = facts_of(fetched[0]), fetched[1]
-                count = steps(facts)
-                value = mgpu.accumulate(shape, lambda acc: lora(acc, step, count))
-                value = masked(value, facts, keys, column + column0)
-                step = step + count
+            def visit(place, following, progress):
+                count = steps(facts_of(place.loaded[0]))
+                first, base, after = begin(progress, count)
+                value = mgpu.accumulate(shape, lambda acc: lora(acc, first, count))
+                value = masked(value, place)
+                meanwhile = make_bits(following) if sizes.mask_ahead else ()
                 value = mgpu.accumulate(
                     shape,
-                    lambda acc: gemm.contract(ring, acc, step, base_steps, operands),
+                    lambda acc: gemm.contract(
+                        ring, acc, base, base_steps, operands, meanwhile=meanwhile
+                    ),
                     start=value,
                 )
-                gemm.store_tile(
-                    value.astype(dtype), staged, warpgroup, dx_g, row + row0, column + column0
-                )
-                return step + base_steps
+                row, column = place.row + row0, place.column + column0
+                gemm.store_tile(value.astype(dtype), staged, warpgroup, dx_g, row, column)
+                return after
 
-            gemm.walk(fetch, (num_rows, k), sizes, sms, 0, jnp.int32(0), visit)
+            def prepare(place):
+                if sizes.mask_ahead:
+                    for work in make_bits(place):
+                        work()
+
+            gemm.walk(fetch, (num_rows, k), sizes, sms, 0, gemm.at_start(), visit, prepare=prepare)
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)
 
+    mask_rows = gemm.share(0, sizes)[0][0]
     return mgpu.launch(
         body,
         out_type=jax.ShapeDtypeStruct((num_rows, k), dtype),
-        grid=(sms,),
+        grid=(sms // sizes.cluster,),
         grid_names=("sm",),
+        cluster=sizes.cluster,
         scratch=(
-            *gemm.ring_scratch(sizes, dtype, transposed=True),
-            gemm.epilogue_scratch(dtype),
+            *gemm.ring_scratch(sizes, TILE_K, dtype, transposed=True),
+            gemm.epilogue_scratch(sizes, dtype),
+            *(gemm.ring_scratch(sizes, depth, dtype, transposed=True) if narrow else ()),
+            *((mgpu.SMEM((2, mask_rows, 16), jnp.uint32),) if sizes.mask_ahead else ()),
         ),
         name="lora_dx",
     )(ds, a_t, rows.table, rows.row_key, rows.site, *dys, *ws)

@@ -5,7 +5,8 @@ slots across all tiles of the block, so that the loads of the next tile overlap 
 current one. The LoRA term travels through the same ring as extra steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,52 +17,90 @@ from pallas_kernels.segments import TILE_ROWS
 from pallas_kernels.tuning import GemmTiles
 
 TILE_M, TILE_N, TILE_K = TILE_ROWS, 256, 64
-_EPILOGUE = 64  # rows and columns of a staged piece of output
-_EPILOGUE_SLOTS = 2
+_PIECE = 64  # rows and columns of a staged piece of output
+
+
+class Progress(NamedTuple):
+    """Steps so far of the ring, and of the slot for narrow LoRA steps."""
+
+    ring: jax.Array
+    lora: jax.Array
+
+
+def at_start() -> Progress:
+    """Returns no steps; made inside the kernel, which takes no constants from outside."""
+    return Progress(jnp.int32(0), jnp.int32(0))
+
+
+class Place(NamedTuple):
+    """A tile of outputs: which one, and what `fetch` read of its rows."""
+
+    row_tile: jax.Array
+    column_tile: jax.Array
+    loaded: tuple
+
+    @property
+    def row(self) -> jax.Array:
+        """First row; computed where it is used, for the compiler to see what divides it."""
+        return self.row_tile * TILE_M
+
+    @property
+    def column(self) -> jax.Array:
+        """First column."""
+        return self.column_tile * TILE_N
 
 
 def walk(
-    fetch: Callable,
+    fetch: Callable[[jax.Array], tuple],
     shape: tuple[int, int],
     sizes: GemmTiles,
     sms: int,
     before: int,
-    step,
-    visit: Callable,
-) -> tuple[int, jax.Array]:
+    progress: Progress,
+    visit: Callable[[Place, Place, Progress], Progress],
+    prepare: Callable[[Place], None] = lambda place: None,
+) -> tuple[int, Progress]:
     """Visits this block's tiles of one output, continuing the grid's round over all outputs.
 
     Args:
         fetch: reads what `visit` needs to know of a row tile, given its index. That of the next
             tile is read while this one is worked on, so that the latency is hidden.
         shape: rows and columns of the output.
-        sizes: order of the walk.
+        sizes: order of the walk, and blocks that walk together, one below the other.
         sms: number of blocks.
-        before: tiles of the outputs already walked, over all blocks.
-        step: ring step that the first tile starts with.
-        visit: called with first row, first column, step and what was fetched; returns the next
-            tile's step.
+        before: tiles of the outputs already walked, over all clusters.
+        progress: steps that the first tile starts with.
+        visit: called with this tile, the next one and the steps so far; returns the steps after.
+        prepare: called with the first tile before its visit.
 
     Returns:
-        The count of tiles walked so far over all blocks, and the next step.
+        The count of tiles walked so far over all clusters, and the steps so far.
     """
-    counts = (-(-shape[0] // TILE_M), -(-shape[1] // TILE_N))
-    total = counts[0] * counts[1]
-    start = lax.rem(lax.axis_index("sm") + jnp.int32(sms - before % sms), jnp.int32(sms))
-    mine = lax.div(jnp.int32(total + sms - 1) - start, jnp.int32(sms))
+    row_tiles = -(-shape[0] // TILE_M)
+    counts = (-(-row_tiles // sizes.cluster), -(-shape[1] // TILE_N))
+    total, clusters = counts[0] * counts[1], sms // sizes.cluster
+    start = lax.rem(
+        lax.axis_index("sm") + jnp.int32(clusters - before % clusters), jnp.int32(clusters)
+    )
+    mine = lax.div(jnp.int32(total + clusters - 1) - start, jnp.int32(clusters))
 
     def locate(turn):
-        index = jnp.minimum(start + turn * sms, total - 1)
-        return mgpu.planar_snake(index, counts, "mn".index(sizes.minor), sizes.width)
+        index = jnp.minimum(start + turn * clusters, total - 1)
+        row, column = mgpu.planar_snake(index, counts, "mn".index(sizes.minor), sizes.width)
+        if sizes.cluster > 1:
+            row = row * sizes.cluster + lax.axis_index(mgpu.CLUSTER)
+        # The last cluster may reach below the last tile: nothing is there, but something is read.
+        known = jnp.minimum(row, row_tiles - 1) if sizes.cluster > 1 else row
+        return Place(row, column, fetch(known))
 
     def one(turn, carry):
-        step, loaded = carry
-        row, column = locate(turn)
-        following = fetch(locate(turn + 1)[0])
-        return visit(row * TILE_M, column * TILE_N, step, loaded), following
+        progress, place = carry
+        following = locate(turn + 1)
+        return visit(place, following, progress), following
 
-    first = fetch(locate(jnp.int32(0))[0])
-    return before + total, lax.fori_loop(0, mine, one, (step, first))[0]
+    first = locate(jnp.int32(0))
+    prepare(first)
+    return before + total, lax.fori_loop(0, mine, one, (progress, first))[0]
 
 
 def share(warpgroup, sizes: GemmTiles) -> tuple:
@@ -77,7 +116,15 @@ def steps_of(size: int) -> int:
 
 
 def contract(
-    ring: mgpu.Ring, accumulator, first, steps: int, operands: Callable, more=None
+    ring: mgpu.Ring,
+    accumulator,
+    first,
+    steps: int,
+    operands: Callable,
+    *,
+    more=None,
+    meanwhile: Sequence[Callable[[], None]] = (),
+    last: Callable[[], None] | None = None,
 ) -> None:
     """Multiplies ring steps into the accumulator and waits for the result.
 
@@ -88,62 +135,90 @@ def contract(
         steps: how many at least, >= 1; the loop over them has a fixed length.
         operands: gives the left and right operands of a step's buffers.
         more: number of further steps, known late; None for none.
+        meanwhile: other work, a piece under each of the first steps.
+        last: starts a product of its own before the result is waited for.
     """
 
     def multiply(step):
         mgpu.wgmma(accumulator, *operands(*ring.take(step)))
 
+    def advance(index, work=None):
+        multiply(first + index)
+        if work is not None:
+            work()
+        mgpu.wgmma_wait(1)
+        ring.release(first + index - 1)
+
     def loop(begin, end):
         @mgpu.pl.loop(begin, end)
         def _(index):
-            multiply(first + index)
-            mgpu.wgmma_wait(1)
-            ring.release(first + index - 1)
+            advance(index)
 
     multiply(first)
-    loop(1, steps)
+    early, late = meanwhile[: steps - 1], meanwhile[steps - 1 :]
+    for index, work in enumerate(early):
+        advance(1 + index, work)
+    if steps > 1 + len(early):
+        loop(1 + len(early), steps)
     total = steps
     if more is not None:
         total = steps + more
         loop(jnp.int32(steps), total)
+    if last is not None:
+        last()
+    for work in late:
+        work()
     mgpu.wgmma_wait(0)
     ring.release(first + total - 1)
 
 
-def ring_scratch(sizes: GemmTiles, dtype, *, transposed: bool) -> tuple:
-    """SMEM and barriers of the ring; `transposed` for weights taken as [out, in] blocks."""
-    block = (TILE_N, TILE_K) if transposed else (TILE_K, TILE_N)
+def lora_depth(sizes: GemmTiles, ranks: Sequence[int]) -> int:
+    """Depth of the LoRA steps: that of a narrow slot if all ranks fit in one, or the ring's."""
+    return sizes.lora_depth if max(ranks) <= sizes.lora_depth else TILE_K
+
+
+def ring_scratch(sizes: GemmTiles, depth: int, dtype, *, transposed: bool) -> tuple:
+    """SMEM and barriers of a ring of products; `transposed` for weights as [out, in] blocks.
+
+    Args:
+        sizes: slots and blocks per cluster.
+        depth: of a step; one below that of the large products has a single slot.
+        dtype: of the operands.
+        transposed: whether the right operand comes as [out, in].
+    """
+    stages, cluster = (sizes.stages, sizes.cluster) if depth == TILE_K else (1, 1)
+    block = (TILE_N, depth) if transposed else (depth, TILE_N)
     return (
-        mgpu.tiles_buffer(sizes.stages, TILE_M, TILE_K, dtype),
-        mgpu.SMEM((sizes.stages, *block), dtype, transforms=mgpu.swizzled(TILE_K, dtype)),
-        *mgpu.Ring.barriers(sizes.stages, copies=2, consumers=2),
+        mgpu.tiles_buffer(stages, TILE_M, depth, dtype),
+        mgpu.SMEM((stages, *block), dtype, transforms=mgpu.swizzled(depth, dtype)),
+        *mgpu.Ring.barriers(stages, copies=2, consumers=2, cluster=cluster),
     )
 
 
-def epilogue_scratch(dtype):
+def epilogue_scratch(sizes: GemmTiles, dtype):
     """SMEM that outputs are staged in."""
     return mgpu.SMEM(
-        (2, _EPILOGUE_SLOTS, _EPILOGUE, _EPILOGUE),
-        dtype,
-        transforms=mgpu.swizzled(_EPILOGUE, dtype),
+        (2, sizes.staged, _PIECE, _PIECE), dtype, transforms=mgpu.swizzled(_PIECE, dtype)
     )
 
 
 def store_tile(value, staged, warpgroup, out_g, first_row, first_column) -> None:
     """Writes a warpgroup's outputs through SMEM; what lies outside the array is clipped."""
+    slots = staged.shape[1]
     pieces = [
         (row, column)
-        for row in range(0, value.shape[0], _EPILOGUE)
-        for column in range(0, value.shape[1], _EPILOGUE)
+        for row in range(0, value.shape[0], _PIECE)
+        for column in range(0, value.shape[1], _PIECE)
     ]
     for index, (row, column) in enumerate(pieces):
-        slot = staged.at[warpgroup, index % _EPILOGUE_SLOTS]
-        mgpu.wait_smem_to_gmem(_EPILOGUE_SLOTS - 1, wait_read_only=True)
-        slot[...] = value[row : row + _EPILOGUE, column : column + _EPILOGUE]
+        slot = staged.at[warpgroup, index % slots]
+        # At most one piece less than there are slots is still on its way out of SMEM.
+        mgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        slot[...] = value[row : row + _PIECE, column : column + _PIECE]
         mgpu.commit_smem()
         mgpu.copy_smem_to_gmem(
             slot,
             out_g.at[
-                mgpu.pl.ds(first_row + row, _EPILOGUE), mgpu.pl.ds(first_column + column, _EPILOGUE)
+                mgpu.pl.ds(first_row + row, _PIECE), mgpu.pl.ds(first_column + column, _PIECE)
             ],
         )

@@ -1,4 +1,5 @@
-"""dA = dS^T drop(X) for all projections that share X, from one read of X; ordered partial sums.
+"""dA = dS^T drop(X) for all projections that share X, from one read of X; ordered partial sums,
+or atomic ones.
 
 A block owns a panel of columns and a stretch of row tiles sorted by adapter, of which it keeps one
 adapter's dA at a time in registers. Each warpgroup has its own columns.
@@ -93,9 +94,11 @@ def grad_down(
                     out_s[warpgroup] = total
                     mgpu.commit_smem()
                     ranks = mgpu.pl.ds(first_rank + chunk * _RANKS, _RANKS)
+                    part = slot if sizes.atomic else segment
                     mgpu.copy_smem_to_gmem(
                         out_s.at[warpgroup],
-                        part_g.at[segment, ranks, mgpu.pl.ds(first_column, share)],
+                        part_g.at[part, ranks, mgpu.pl.ds(first_column, share)],
+                        reduction_op="add" if sizes.atomic else None,
                     )
 
             segments.for_each_run(split, walk_g, start_g, slots, run)
@@ -103,9 +106,11 @@ def grad_down(
 
         mgpu.warp_specialize(memory, compute)
 
+    part_shape = (splits + slots - 1, rank, k)
+    sums = mgpu.accumulators([(slots, rank, k)]) if sizes.atomic else []
     parts = mgpu.launch(
         body,
-        out_type=jax.ShapeDtypeStruct((splits + slots - 1, rank, k), jnp.float32),
+        out_type=() if sizes.atomic else jax.ShapeDtypeStruct(part_shape, jnp.float32),
         grid=(splits, -(-rank // (chunks * _RANKS)), -(-k // sizes.panel)),
         grid_names=("split", "rank", "panel"),
         scratch=(
@@ -116,5 +121,7 @@ def grad_down(
             *mgpu.Ring.barriers(sizes.stages, copies=3, consumers=2),
         ),
         name="lora_grad_down",
-    )(x, ds, rows.walk, rows.start, rows.row_key, rows.site)
+    )(x, ds, rows.walk, rows.start, rows.row_key, rows.site, *sums)
+    if sizes.atomic:
+        return mgpu.frozen(sums)[0]
     return segments.sum_segments(parts, rows.start, length)

@@ -68,7 +68,8 @@ def grad_up(
     columns_steps = sizes.panel // _COLUMNS
 
     def body(walk_g, start_g, key_g, *rest):
-        dy_gs, b_gs, s_gs, ds_gs, db_gs = (rest[i * group : (i + 1) * group] for i in range(5))
+        dy_gs, b_gs, s_gs, *results = (rest[i * group : (i + 1) * group] for i in range(5))
+        db_gs, ds_gs = results if sizes.atomic else reversed(results)
         dy_s, b_s, s_s, db_s, *ds_s, full, empty, cleared = rest[5 * group :]
         ds_s = ds_s[0] if ds_s else db_s
         block = lax.axis_index("block")
@@ -123,11 +124,11 @@ def grad_up(
             mgpu.barrier_arrive(cleared)
             mgpu.barrier_wait(cleared)
 
-        def store(value, staged, destination):
+        def store(value, staged, destination, add=False):
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staged[...] = value
             mgpu.commit_smem()
-            mgpu.copy_smem_to_gmem(staged, destination)
+            mgpu.copy_smem_to_gmem(staged, destination, reduction_op="add" if add else None)
 
         def process(warpgroup, i, split, panel, first_rank):
             half = mgpu.pl.ds(warpgroup * 64, 64)
@@ -163,10 +164,9 @@ def grad_up(
                 dbs = mgpu.accumulate_all([(_RANKS, 64)] * columns_steps, products)
                 for index, db in enumerate(dbs):
                     column = panel * sizes.panel + index * _COLUMNS + warpgroup * 64
-                    ranks_ = mgpu.pl.ds(first_rank, _RANKS)
-                    store(
-                        db, db_s.at[warpgroup], db_gs[i].at[segment, ranks_, mgpu.pl.ds(column, 64)]
-                    )
+                    ranks_, part = mgpu.pl.ds(first_rank, _RANKS), slot if sizes.atomic else segment
+                    destination = db_gs[i].at[part, ranks_, mgpu.pl.ds(column, 64)]
+                    store(db, db_s.at[warpgroup], destination, add=sizes.atomic)
 
             segments.for_each_run(split, walk_g, start_g, slots, run)
             mgpu.wait_smem_to_gmem(0)
@@ -177,6 +177,11 @@ def grad_up(
         )
 
     f32 = jnp.float32
+
+    def shapes_of_db(lead):
+        return [(lead, rank, n) for rank, n in zip(ranks, widths, strict=True)]
+
+    sums = mgpu.accumulators(shapes_of_db(slots)) if sizes.atomic else []
     outs = mgpu.launch(
         body,
         out_type=(
@@ -185,8 +190,8 @@ def grad_up(
                 for part, rank in zip(parts, ranks, strict=True)
             ),
             *(
-                jax.ShapeDtypeStruct((splits + slots - 1, rank, n), f32)
-                for rank, n in zip(ranks, widths, strict=True)
+                jax.ShapeDtypeStruct(shape, f32)
+                for shape in ([] if sizes.atomic else shapes_of_db(splits + slots - 1))
             ),
         ),
         grid=(sum(part.blocks for part in parts),),
@@ -200,6 +205,8 @@ def grad_up(
             mgpu.Barrier(num_arrivals=2),
         ),
         name="lora_grad_up",
-    )(rows.walk, rows.start, rows.row_key, *dys, *b, *ss)
+    )(rows.walk, rows.start, rows.row_key, *dys, *b, *ss, *sums)
+    if sizes.atomic:
+        return tuple(outs), tuple(mgpu.frozen(sums))
     dbs = (segments.sum_segments(part, rows.start, length) for part in outs[group:])
     return tuple(outs[:group]), tuple(dbs)

@@ -51,6 +51,28 @@ def _columns(vector: jax.Array, columns: int) -> jax.Array:
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), (0,))
 
 
+def _hash_bytes(mask: RowMask, first_column, columns: int):
+    """Yields for each group of 64 columns the compared tops of its four bytes, [rows, 16] each."""
+    rows = mask.start.shape[0]
+    start, live = (_columns(vector, 16) for vector in (mask.start, mask.live))
+    lanes = mgpu.broadcasted_iota(jnp.uint32, (rows, 16), 1, layout=mgpu.Layout.WGMMA)
+    first = lax.convert_element_type(first_column, jnp.uint32) // jnp.uint32(4)
+    counter = (lanes + first) * jnp.uint32(_GOLDEN)
+    for group in range(columns // _GROUP):
+        h = lowbias32(start ^ (counter + jnp.uint32(group * 16 * _GOLDEN & 0xFFFFFFFF))) & live
+        yield [h << jnp.uint32(24 - 8 * byte) if byte < 3 else h for byte in range(4)]
+
+
+def _select(keeps, value: jax.Array) -> jax.Array:
+    """Zeroes what `keeps` drops; it gives 16 columns at a time, in order."""
+    zero, rows = jnp.zeros((), value.dtype), value.shape[0]
+    pieces = [
+        jnp.where(keep, lax.slice(value, (0, 16 * i), (rows, 16 * i + 16)), zero)
+        for i, keep in enumerate(keeps)
+    ]
+    return lax.concatenate(pieces, 1)
+
+
 def drop(value: jax.Array, mask: RowMask, first_column) -> jax.Array:
     """Zeroes the dropped elements and the padding rows of a [rows, columns] value.
 
@@ -59,21 +81,44 @@ def drop(value: jax.Array, mask: RowMask, first_column) -> jax.Array:
         mask: of its rows.
         first_column: column of the masked input that value starts at, a multiple of 64.
     """
-    rows, columns = value.shape
-    start, live, threshold = (_columns(vector, 16) for vector in mask)
-    lanes = mgpu.broadcasted_iota(jnp.uint32, (rows, 16), 1, layout=mgpu.Layout.WGMMA)
-    first = lax.convert_element_type(first_column, jnp.uint32) // jnp.uint32(4)
-    counter = (lanes + first) * jnp.uint32(_GOLDEN)
-    zero = jnp.zeros((), value.dtype)
-    pieces = []
-    for group in range(columns // _GROUP):
-        h = lowbias32(start ^ (counter + jnp.uint32(group * 16 * _GOLDEN & 0xFFFFFFFF))) & live
-        for byte in range(4):
-            top = h << jnp.uint32(24 - 8 * byte) if byte < 3 else h
-            low = _GROUP * group + 16 * byte
-            piece = lax.slice(value, (0, low), (rows, low + 16))
-            pieces.append(jnp.where(top >= threshold, piece, zero))
-    return lax.concatenate(pieces, 1)
+    threshold = _columns(mask.threshold, 16)
+    groups = _hash_bytes(mask, first_column, value.shape[1])
+    return _select((top >= threshold for tops in groups for top in tops), value)
+
+
+def pack_pieces(bits_ref, mask: RowMask, threshold, first_column, columns: int) -> list:
+    """Returns functions that together leave the mask of `columns` columns in `bits_ref`.
+
+    Each makes the bits of 64 columns; the last one stores them, four per group and element of a
+    [rows, 16] array. They do nothing where nothing is dropped.
+    """
+    groups = _hash_bytes(mask, first_column, columns)
+    kept = _columns(mask.threshold, 16)
+    made = []
+
+    def piece(group, last):
+        bits = jnp.zeros_like(kept) if not made else made[-1]
+        for byte, top in enumerate(next(groups)):
+            bit = jnp.full_like(kept, 1 << (4 * group + byte))
+            bits = bits | jnp.where(top >= kept, bit, jnp.zeros_like(kept))
+        made.append(bits)
+        if last:
+
+            @mgpu.pl.when(threshold > 0)
+            def _():
+                mgpu.commit_smem()  # all have read the bits before these
+                bits_ref[...] = bits
+                mgpu.commit_smem()
+
+    count = columns // _GROUP
+    return [lambda g=g: piece(g, g == count - 1) for g in range(count)]
+
+
+def drop_packed(value: jax.Array, bits_ref) -> jax.Array:
+    """Zeroes the elements of a value that the bits left by `pack_pieces` drop."""
+    bits = mgpu.load(bits_ref, layout=mgpu.Layout.WGMMA)
+    ones = (jnp.full_like(bits, 1 << i) for i in range(value.shape[1] // 16))
+    return _select(((bits & one) != jnp.uint32(0) for one in ones), value)
 
 
 def clear_padding(value: jax.Array, mask: RowMask) -> jax.Array:

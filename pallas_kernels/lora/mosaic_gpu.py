@@ -6,14 +6,17 @@ backward    grad_up (dS, dB), grad_down (dA), dx (dX)
 Raises NotImplementedError, with the reason, for what these kernels cannot run.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
-from pallas_kernels import tuning
 from pallas_kernels.lora.base_up import base_up
 from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
+from pallas_kernels.lora.gemm import lora_depth
 from pallas_kernels.lora.grad_down import grad_down
 from pallas_kernels.lora.grad_up import grad_up
 from pallas_kernels.lora.spec import (
@@ -24,9 +27,12 @@ from pallas_kernels.lora.spec import (
     Weights,
     rows_per_tile,
 )
-from pallas_kernels.segments import TILE_ROWS, prepare
+from pallas_kernels.segments import TILE_ROWS, Tiles, prepare
+from pallas_kernels.tables import choose
+from pallas_kernels.tuning import Shape
 
-MAX_RANKS = 256  # of all projections together: one accumulator of `down`
+MAX_RANK = 256  # of one projection: one accumulator of `down`
+MAX_RANKS = 256  # side by side in one launch; groups with more are taken apart
 _GRANULE, _TILE = 8, 64  # rows and columns of the tiles in SMEM, which TMA copies whole
 
 
@@ -46,18 +52,29 @@ def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> N
     tile_rows = rows_per_tile(rows, tiles)
     if tiles > 1 and tile_rows % TILE_ROWS:
         raise NotImplementedError(f"tiles of {tile_rows} rows: the kernels take multiples of 128")
-    if rows % _GRANULE or not rows:
-        raise NotImplementedError(f"{rows} rows: the kernels take multiples of {_GRANULE}")
+    if not rows:
+        raise NotImplementedError("no rows")
     for name, size in [("in", x.shape[1]), *((f"out[{i}]", w.shape[1]) for i, w in enumerate(ws))]:
         if _whole(size) != size:
             raise NotImplementedError(
                 f"{name}={size}: the kernels take multiples of {_TILE}, and of {_GRANULE} below it"
             )
-    ranks = sum(_whole(a_i.shape[1]) for a_i in a)
-    if ranks > MAX_RANKS:
-        raise NotImplementedError(
-            f"{ranks} ranks over the projections that share X: the kernels go up to {MAX_RANKS}"
-        )
+    if len({a_i.shape[1] for a_i in a}) > 1:
+        raise NotImplementedError("projections of different r_max: the kernels take one for all")
+    if a[0].shape[1] > MAX_RANK:
+        raise NotImplementedError(f"rank {a[0].shape[1]}: the kernels go up to {MAX_RANK}")
+
+
+def _parts(group: int, rank: int) -> list[slice]:
+    """Projections that go through the kernels together: at most `MAX_RANKS` ranks."""
+    size = max(1, MAX_RANKS // _whole(rank))
+    return [slice(first, first + size) for first in range(0, group, size)]
+
+
+def _padded_rows(value: Array) -> Array:
+    """Rows up to a whole granule, zeros; a copy, where they are not whole already."""
+    missing = -value.shape[0] % _GRANULE
+    return jnp.pad(value, ((0, missing), *((0, 0),) * (value.ndim - 1))) if missing else value
 
 
 def _operands(stacks: Stacks, dtype) -> tuple[Float[Array, "_ _ _"], ...]:
@@ -81,14 +98,23 @@ def forward(
 ) -> tuple[Outputs, Smalls]:
     """Returns the outputs and S of each projection; see `spec.forward`."""
     _refuse_unsupported(x, ws, a, routing)
-    rows, rank = prepare(*routing), a[0].shape[1]
+    num_rows = x.shape[0]
+    x, routing = _padded_rows(x), routing._replace(row_key=_padded_rows(routing.row_key))
+    rows = prepare(*routing)
+    ys, ss = [], []
+    for part in _parts(len(ws), a[0].shape[1]):
+        some_ys, some_ss = _forward(x, ws[part], a[part], b[part], biases[part], rows)
+        ys += some_ys
+        ss += some_ss
+    return tuple(y[:num_rows] for y in ys), tuple(s[:num_rows] for s in ss)
+
+
+def _forward(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Tiles):
+    rank = a[0].shape[1]
     a, b = _operands(a, x.dtype), _operands(b, x.dtype)
-    ranks = [stack.shape[1] for stack in a]
-    stacked = _side_by_side(a)
-    sizes = tuning.down_tiles(x.shape[0], x.shape[1], stacked.shape[1])
-    ss = down(x, stacked, rows, tuple(ranks), sizes)
-    sizes = tuning.gemm_tiles("base_up", x.shape[0], x.shape[1], sum(w.shape[1] for w in ws))
-    ys = base_up(x, ws, ss, b, biases, rows, sizes)
+    shape = _shape(x, ws, a)
+    ss = down(x, _side_by_side(a), rows, (shape.rank,) * len(ws), choose("down", shape))
+    ys = base_up(x, ws, ss, b, biases, rows, choose("base_up", shape))
     return ys, tuple(s[:, :rank] for s in ss)
 
 
@@ -103,29 +129,44 @@ def backward(
 ) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
     """Returns dX, dA and dB; see `spec.backward`."""
     _refuse_unsupported(x, ws, a, routing)
+    num_rows = x.shape[0]
+    routing = routing._replace(row_key=_padded_rows(routing.row_key))
+    x, ss, dys = jax.tree.map(_padded_rows, (x, ss, dys))
     rows = prepare(*routing)
-    stacked = _side_by_side(_operands(a, x.dtype))
-    b_operands = _operands(b, x.dtype)
-    rank, padded_rank = a[0].shape[1], b_operands[0].shape[1]
-    ss = tuple(jnp.pad(s, ((0, 0), (0, padded_rank - rank))) for s in ss)
-    (num_rows, k), widths = x.shape, tuple(w.shape[1] for w in ws)
-    parts, dbs = grad_up(
-        dys, b_operands, ss, rows, tuning.grad_up_tiles(num_rows, widths, padded_rank)
-    )
-    ranks = padded_rank * len(ws)
-    unused = jnp.zeros((num_rows, -ranks % _TILE), x.dtype)
-    ds = jnp.concatenate([*(part.sum(0).astype(x.dtype) for part in parts), unused], axis=1)
-    da = grad_down(x, ds, ranks, rows, tuning.grad_down_tiles(num_rows, k, ranks))
-    sizes = tuning.gemm_tiles("dx", num_rows, sum(widths), k)
-    transposed = stacked.transpose(0, 2, 1)
-    transposed = jnp.pad(transposed, ((0, 0), (0, 0), (0, ds.shape[1] - stacked.shape[1])))
+    dxs, das, dbs = [], [], []
+    for part in _parts(len(ws), a[0].shape[1]):
+        dx, some_das, some_dbs = _backward(x, ws[part], a[part], b[part], ss[part], rows, dys[part])
+        dxs.append(dx)
+        das += some_das
+        dbs += some_dbs
+    dx = dxs[0]
+    if len(dxs) > 1:
+        dx = functools.reduce(jnp.add, (dx.astype(jnp.float32) for dx in dxs)).astype(x.dtype)
+    das = tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True))
+    dbs = tuple(grad.astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True))
+    return dx[:num_rows], das, dbs
+
+
+def _backward(x: Array, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles, dys: Outputs):
+    rank = a[0].shape[1]
+    a, b = _operands(a, x.dtype), _operands(b, x.dtype)
+    shape = _shape(x, ws, a)
+    ss = tuple(jnp.pad(s, ((0, 0), (0, shape.rank - rank))) for s in ss)
+    parts, dbs = grad_up(dys, b, ss, rows, choose("grad_up", shape))
+    sizes = choose("dx", shape)
+    # Whole steps of dx, and of the pieces that TMA copies: it then fills nothing.
+    unused = -shape.ranks % lora_depth(sizes, [shape.ranks])
+    zeros = jnp.zeros((x.shape[0], unused), x.dtype)
+    ds = jnp.concatenate([*(part.sum(0).astype(x.dtype) for part in parts), zeros], axis=1)
+    da = grad_down(x, ds, shape.ranks, rows, choose("grad_down", shape))
+    transposed = jnp.pad(_side_by_side(a).transpose(0, 2, 1), ((0, 0), (0, 0), (0, unused)))
     dx = input_gradient(dys, ws, ds, transposed, rows, sizes)
-    das = [da[:, i * padded_rank : i * padded_rank + rank] for i in range(len(ws))]
-    return (
-        dx,
-        tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True)),
-        tuple(grad[:, :rank].astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True)),
-    )
+    firsts = range(0, shape.ranks, shape.rank)
+    return dx, [da[:, i : i + rank] for i in firsts], [db[:, :rank] for db in dbs]
 
 
-__all__ = ["MAX_RANKS", "TILE_ROWS", "backward", "forward"]
+def _shape(x: Array, ws: Weights, a: Stacks) -> Shape:
+    return Shape(x.shape[0], x.shape[1], tuple(w.shape[1] for w in ws), a[0].shape[1])
+
+
+__all__ = ["MAX_RANK", "TILE_ROWS", "backward", "forward"]

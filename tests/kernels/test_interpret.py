@@ -12,13 +12,14 @@ import pytest
 
 _PRELUDE = """
     import jax, jax.numpy as jnp, numpy as np
-    from pallas_kernels import _mgpu
+    from pallas_kernels import _mgpu, tables
+    from pallas_kernels.tuning import GemmTiles
     from pallas_kernels.lora import mosaic_gpu, spec
     from tests.kernels.oracle import errors, make_problem, run, truth
 
-    def check(races=True, **shape):
-        p = make_problem(dtype=jnp.bfloat16, tile_rows=128, **shape)
-        with _mgpu.interpret(detect_races=races):
+    def check(races=True, sizes={}, **shape):
+        p = make_problem(**{"dtype": jnp.bfloat16, "tile_rows": 128} | shape)
+        with _mgpu.interpret(detect_races=races), tables.using(**sizes):
             ours = run(mosaic_gpu, p)
         want, worst = truth(p), 0.0
         reference = errors(run(spec, p), want)
@@ -30,7 +31,9 @@ _PRELUDE = """
 
 def _run(body: str) -> subprocess.CompletedProcess:
     script = textwrap.dedent(_PRELUDE) + textwrap.dedent(body)
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=".", XLA_FLAGS="")
+    # The interpreter's threads wait for each other inside XLA's pool, which NPROC sizes: a cluster
+    # of two blocks with three warpgroups each stands still on a machine of few cores without it.
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=".", XLA_FLAGS="", NPROC="24")
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=400, env=environment
     )
@@ -55,6 +58,39 @@ def test_adapters_padding_bias_and_grouped_projections():
             rates=(0.1, 0.0, 0.2, 0.0), scales=(2.0, 0.5, 1.0, 1.0), padding=(3, 130, 300),
         )
     """)
+
+
+VARIANTS = {
+    "staged": "GemmTiles('m', stages=3, staged=4)",
+    "cluster": "GemmTiles('n', cluster=2)",
+    "narrow": "GemmTiles('m', stages=3, staged=4, lora_depth=16)",
+    "mask ahead": "GemmTiles('m', stages=3, staged=4, mask_ahead=True)",
+    "mask ahead, split n": "GemmTiles('n', stages=3, staged=2, mask_ahead=True)",
+    "all": "GemmTiles('m', stages=3, staged=2, mask_ahead=True, cluster=2, lora_depth=16)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_the_products(sizes):
+    """Three row tiles, so that the last cluster reaches below the last one; two columns of them."""
+    _passes(f"""
+        tiles = {sizes}
+        check(
+            sizes=dict(base_up=tiles, dx=tiles), tiles=(0, -1, 1), k=320, ns=(320,), rank=8,
+            rates=(0.25, 0.0), scales=(2.0, 0.5), padding=(3, 300),
+        )
+    """)
+
+
+@pytest.mark.slow
+def test_three_projections_of_rank_200():
+    _passes("check(races=False, tiles=(1, 0), k=64, ns=(64, 64, 64), rank=200)")
+
+
+@pytest.mark.slow
+def test_float16_and_rows_that_fill_no_granule():
+    _passes("check(tiles=(0,), tile_rows=77, k=64, ns=(64,), rank=8, dtype=jnp.float16)")
 
 
 @pytest.mark.slow

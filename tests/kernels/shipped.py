@@ -1,0 +1,81 @@
+"""The programs that ship, as functions and abstract arguments, to be compiled for a GPU."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tables
+from pallas_kernels.lora import mosaic_gpu
+from pallas_kernels.lora.spec import Routing
+from pallas_kernels.tuning import Shape, candidates
+
+S = jax.ShapeDtypeStruct
+CASES = {  # rows, in, outs, rank, slots
+    "single": (8192, 4096, (4096,), 16, 1),
+    "rank 64, 8 adapters": (8192, 4096, (14336,), 64, 8),
+    "grouped": (8192, 4096, (4096, 1024, 1024), 16, 4),
+    "grouped, rank 24": (1024, 576, (576, 192, 192), 24, 2),
+    "grouped, rank 64": (8192, 4096, (14336, 14336), 64, 2),
+    "rank 200": (2048, 320, (640,), 200, 2),
+    "grouped, rank 128": (2048, 4096, (4096, 4096), 128, 2),
+    "grouped, rank 200": (384, 320, (640, 64, 64), 200, 2),
+    "few rows": (8, 8, (8,), 1, 1),
+    "ragged rows": (1001, 256, (192,), 16, 1),
+}
+
+
+def arguments(rows, k, ns, rank, slots, dtype=jnp.bfloat16):
+    """Abstract operands of a forward and a backward pass."""
+    f32, tiles = jnp.float32, max(1, rows // 128) if rows % 128 == 0 else 1
+    routing = Routing(
+        S((slots,), f32), S((slots,), f32), S((tiles,), jnp.int32), S((rows,), jnp.uint32),
+        S((1,), jnp.uint32),
+    )  # fmt: skip
+    return (
+        S((rows, k), dtype),
+        tuple(S((k, n), dtype) for n in ns),
+        tuple(S((slots, rank, k), f32) for _ in ns),
+        tuple(S((slots, rank, n), f32) for n in ns),
+        tuple(S((rows, rank), dtype) for _ in ns),
+        routing,
+        tuple(S((rows, n), dtype) for n in ns),
+    )
+
+
+def both(x, ws, a, b, ss, routing, dys):
+    """Forward and backward, with a bias."""
+    biases = tuple(jnp.zeros(w.shape[1], x.dtype) for w in ws)
+    return (
+        mosaic_gpu.forward(x, ws, a, b, biases, routing),
+        mosaic_gpu.backward(x, ws, a, b, ss, routing, dys),
+    )
+
+
+def with_atomics(*arguments):
+    """The same with atomic sums for dA and dB."""
+    with tables.atomic_gradients():
+        return both(*arguments)
+
+
+def _with_sizes(sizes):
+    def program(*arguments):
+        with tables.using(**sizes):
+            return both(*arguments)
+
+    return program
+
+
+def programs() -> dict[str, tuple]:
+    """Function and arguments of every program, by name."""
+    found = {name: (both, arguments(*case)) for name, case in CASES.items()}
+    found["float16"] = (both, arguments(256, 512, (256,), 16, 2, dtype=jnp.float16))
+    found["atomic"] = (with_atomics, arguments(*CASES["grouped, rank 24"]))
+    case = (1024, 512, (512,), 16, 2)
+    shape = Shape(1024, 512, (512,), 16)
+    forward, backward = candidates("base_up", shape), candidates("dx", shape)
+    for index, dx in enumerate(backward):
+        base_up = forward[min(index, len(forward) - 1)]
+        found[f"candidates {index}"] = (
+            _with_sizes({"base_up": base_up, "dx": dx}),
+            arguments(*case),
+        )
+    return found
