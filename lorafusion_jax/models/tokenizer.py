@@ -12,8 +12,13 @@ from lorafusion_jax.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Pre-tokenizers of GGUF's byte-level BPE models that we build: whether digits stand alone.
-_DIGITS_ALONE = {"smollm": True, "gpt-2": False}
+# Pre-tokenizers of GGUF's byte-level BPE models that we build.
+_RULES = ("smollm", "gpt-2", "qwen2")
+# Qwen's words: contractions, letters with one sign before them, single digits, signs, line ends.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CONTROL_TOKEN, _USER_TOKEN = 3, 4
 
 
@@ -49,21 +54,21 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokeni
     Raises:
         ModelError: the kind of tokenizer is not supported, or metadata is missing.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     model, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if model != "gpt2" or rule not in _DIGITS_ALONE:
+    if model != "gpt2" or rule not in _RULES:
         raise ModelError(
             f"{where}: tokenizer {model!r} with pre-tokenizer {rule!r} is not supported: expected "
-            f"'gpt2' with one of {sorted(_DIGITS_ALONE)}; use the model's Hugging Face directory"
+            f"'gpt2' with one of {sorted(_RULES)}; use the model's Hugging Face directory"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    bytes_rule = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if _DIGITS_ALONE[rule] else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_rule])
+    tokenizer.pre_tokenizer = _words(rule)
+    if rule == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     types = metadata.get("tokenizer.ggml.token_type", ())
     for wanted, special in ((_CONTROL_TOKEN, True), (_USER_TOKEN, False)):
@@ -85,7 +90,19 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokeni
         eos_token=token("eos"),
         unk_token=token("unknown"),
         pad_token=token("padding") or token("eos"),
-        model_max_length=metadata.get("llama.context_length"),
+        model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _words(rule: str):
+    """How a byte-level tokenizer cuts a text before merging."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if rule == "qwen2":
+        words = Split(Regex(_QWEN_WORDS), "isolated")
+        return Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+    digits = [Digits(individual_digits=True)] if rule == "smollm" else []
+    return Sequence([*digits, ByteLevel(add_prefix_space=False, use_regex=True)])

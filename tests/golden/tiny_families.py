@@ -69,9 +69,12 @@ CONFIGS = {
 SAMPLE_LENGTHS = (9, 3)
 
 
-def weights(name):
-    """Returns the tensors of a model by Hugging Face's names, f32 [out, in], bf16-exact."""
-    config = CONFIGS[name]
+def weights(name, config=None):
+    """Returns the tensors of a model by Hugging Face's names, f32 [out, in], bf16-exact.
+
+    The sizes may be those of another config than the one of this name.
+    """
+    config = config or CONFIGS[name]
     gemma = config["model_type"].startswith("gemma")
     found = {key: tensor(name, key, shape) for key, shape in shapes(config).items()}
     # Gemma's norms multiply by 1 + weight.

@@ -5,7 +5,9 @@ import pytest
 
 from lorafusion_jax.errors import ModelError
 from lorafusion_jax.models import ModelConfig, load_base
-from tests.golden import tiny_llama
+from lorafusion_jax.models.gguf_weights import unpermute
+from tests.golden import tiny_families, tiny_llama
+from tests.models import test_families
 from tests.models.test_golden_logits import assert_golden, packed_logits
 
 gguf = pytest.importorskip("gguf")
@@ -13,6 +15,8 @@ gguf = pytest.importorskip("gguf")
 NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -22,6 +26,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+END_TOKENS = {"bos_token_id": 1, "eos_token_id": 0}
 SPECIAL = ["<|end|>", "<|start|>"]
 
 
@@ -64,7 +69,8 @@ def add_tokenizer(writer, pre="smollm"):
 def write_gguf(
     path, name, *, arch="llama", tokenizer=True, quantized=False, change=None, pre="smollm"
 ):
-    config = tiny_llama.CONFIGS[name]
+    models = tiny_llama if name in tiny_llama.CONFIGS else tiny_families
+    config = models.CONFIGS[name]
     parsed = ModelConfig.from_hf(config)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_vocab_size(parsed.vocab_size)
@@ -74,14 +80,15 @@ def write_gguf(
     writer.add_feed_forward_length(parsed.intermediate_size)
     writer.add_head_count(parsed.num_attention_heads)
     writer.add_head_count_kv(parsed.num_key_value_heads)
-    writer.add_rope_dimension_count(parsed.head_dim)
+    writer.add_rope_dimension_count(parsed.head_dim) if arch == "llama" else None
+    writer.add_key_length(parsed.head_dim)
     writer.add_rope_freq_base(parsed.rope_theta)
     writer.add_layer_norm_rms_eps(parsed.rms_norm_eps)
     rope = config["rope_parameters"]["rope_type"]
     if rope == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config["rope_parameters"]["factor"])
-    tensors = {gguf_name(key): value for key, value in tiny_llama.weights(name).items()}
+    tensors = {gguf_name(key): value for key, value in models.weights(name).items()}
     if rope == "llama3":
         plain = parsed.rope_theta ** -(np.arange(0, parsed.head_dim, 2) / parsed.head_dim)
         tensors["rope_freqs.weight"] = (plain / parsed.rope_frequencies()).astype(np.float32)
@@ -89,9 +96,9 @@ def write_gguf(
     if change is not None:
         change(writer, tensors)
     for key, value in tensors.items():
-        if ".attn_q." in key:
+        if ".attn_q." in key and arch == "llama":
             value = permuted(value, parsed.num_attention_heads)
-        if ".attn_k." in key:
+        if ".attn_k." in key and arch == "llama":
             value = permuted(value, parsed.num_key_value_heads)
         if quantized and value.shape[-1] % 32 == 0 and value.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -109,6 +116,45 @@ def write_gguf(
 def test_logits_equal_transformers(name, tmp_path):
     base = load_base(write_gguf(tmp_path / "model.gguf", name))
     assert_golden(packed_logits(base, name), name, "float32")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_other_families_equal_transformers(name, tmp_path):
+    base = load_base(write_gguf(tmp_path / "model.gguf", name, arch=name))
+    # GGUF keeps the small number in float32.
+    hugging_face = (
+        tiny_families.CONFIGS[name] | END_TOKENS | {"rms_norm_eps": float(np.float32(1e-5))}
+    )
+    assert base.config == ModelConfig.from_hf(hugging_face)
+    test_families.assert_golden(test_families.logits_of(base, name), name, "float32")
+
+
+def test_rows_of_other_families_are_not_moved(tmp_path):
+    """Control: Llama's layout would be wrong for them."""
+    base = load_base(write_gguf(tmp_path / "model.gguf", "qwen3", arch="qwen3"))
+    kernel = base.model.model.layers[0].self_attn.q_proj.kernel
+    kernel.set_value(unpermute(np.asarray(kernel[...]).T, 3).T)
+    with pytest.raises(AssertionError, match="error beyond"):
+        test_families.assert_golden(test_families.logits_of(base, "qwen3"), "qwen3", "float32")
+
+
+def test_qwens_words(tmp_path):
+    """As transformers' own tokenizer of the family cuts them."""
+    import transformers
+
+    ours = load_base(write_gguf(tmp_path / "model.gguf", "qwen2", arch="qwen2", pre="qwen2"))
+    backend = ours.tokenizer.backend_tokenizer
+    theirs = transformers.Qwen2Tokenizer(vocab=ours.tokenizer.get_vocab(), merges=[])
+    text = "I'LL pay 1234 €/kg,\n\n  don't!!\r\n\tÅngström née  x"
+    cut = [
+        [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+            tokenizer.normalizer.normalize_str(text))]
+        for tokenizer in (backend, theirs.backend_tokenizer)
+    ]  # fmt: skip
+    assert cut[0] == cut[1] and len(cut[0]) > 15
+    plain = load_base(write_gguf(tmp_path / "plain.gguf", "qwen2", arch="qwen2", pre="gpt-2"))
+    other = plain.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [word for word, _ in other] != cut[0]
 
 
 def test_quantized_weights_are_close(tmp_path):
@@ -161,7 +207,8 @@ def refusal(path) -> str:
 
 def test_refusals(tmp_path):
     path = tmp_path / "model.gguf"
-    assert "architecture 'qwen3'" in refusal(write_gguf(path, "tied", arch="qwen3"))
+    assert "architecture 'phi3'" in refusal(write_gguf(path, "tied", arch="phi3"))
+    assert "SentencePiece" in refusal(write_gguf(path, "tied", arch="gemma2"))
     assert "'llama-bpe' is not supported" in refusal(write_gguf(path, "tied", pre="llama-bpe"))
 
     def yarn(writer, tensors):
