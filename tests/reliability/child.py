@@ -1,0 +1,146 @@
+"""A small training process to be killed: it imports once and forks one run after another.
+
+    python child.py
+
+It reads one JSON object a line: how to run (see `Order`). For each it forks, says `pid N`, and when
+the run has ended, `exit CODE` (negative: killed by that signal). A run writes a line for each event
+and each fault point of a save into the order's `lines`, a pipe that the parent reads.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+warnings.filterwarnings("ignore", message=".*os.fork.*")
+
+import jax  # noqa: E402
+
+import lorafusion_jax as lf  # noqa: E402
+from lorafusion_jax.config import BatchingConfig, EvalConfig, SaveConfig, TrainConfig  # noqa: E402
+from lorafusion_jax.errors import LoraFusionError  # noqa: E402
+from lorafusion_jax.train import trainer as _trainer  # noqa: E402, F401
+from tests.train.tiny import TILE, dataset, tiny_base  # noqa: E402
+
+
+@dataclass
+class Order:
+    """One run.
+
+    Attributes:
+        output: folder of the run.
+        lines: pipe for its lines.
+        cache: folder of compiled programs.
+        jobs: how many of four.
+        steps: of every job.
+        save_every: optimizer steps between checkpoints.
+        die_at: fault point at which the process kills itself, as `point:count`.
+        slow_at: what to dwell half a second at: a fault point, or an event's name.
+        file_limit: bytes that a file may have from the first checkpoint on.
+        config: changes of each job's sections.
+    """
+
+    output: str
+    lines: str
+    cache: str
+    jobs: int = 2
+    steps: int = 8
+    save_every: int = 1
+    die_at: str = ""
+    slow_at: str = ""
+    file_limit: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+JOBS = (
+    ("sql", lf.LoraConfig(r=8, dropout=0.1), lf.AdamW(lr=1e-2, weight_decay=0.1), 5, (1, 30)),
+    ("emoji", lf.LoraConfig(r=2, alpha=4), lf.Adam(lr=2e-2, schedule="linear"), 4, (2, 26, 4, 9)),
+    ("late", lf.LoraConfig(r=4, dropout=0.5), lf.AdamW(lr=1e-2), 6, (3, 20)),
+    ("spell", lf.LoraConfig(r=1, dropout=0.05), lf.Sgd(lr=1e-2), 3, (4, 24)),
+)
+
+
+class Witness:
+    """Writes down what happens, and does what the order asks for at that moment."""
+
+    def __init__(self, order: Order, out: TextIO):
+        self._order, self._out, self._seen = order, out, {}
+
+    def __call__(self, event: object) -> None:
+        """Takes note of an event."""
+        kind = type(event).__name__
+        where = getattr(event, "index", getattr(event, "start", getattr(event, "step", "")))
+        self.at(kind, where)
+        if kind == "CheckpointSaved" and self._order.file_limit:
+            limit = (self._order.file_limit, resource.RLIM_INFINITY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    def at(self, point: str, where: object = "") -> None:
+        """Takes note of a fault point, and dies or dwells there if that was ordered."""
+        self._out.write(f"{point} {where}\n")
+        self._seen[point] = self._seen.get(point, 0) + 1
+        if self._order.die_at == f"{point}:{self._seen[point]}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._order.slow_at == point:
+            time.sleep(0.5)
+
+
+def train(order: Order, lines: int) -> int:
+    """Runs an order, writes its lines and returns the exit code of the command line."""
+    jax.config.update("jax_compilation_cache_dir", order.cache)
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    with os.fdopen(lines, "w", buffering=1, encoding="utf-8") as out:
+        witness = Witness(order, out)
+        made = lf.MultiTrainer(
+            tiny_base(),
+            output=order.output,
+            batching=BatchingConfig(tokens_per_microbatch=64, tile=TILE),
+            listener=witness,
+        )
+        made._at = witness.at
+        for name, lora, optim, size, data in JOBS[: order.jobs]:
+            made.add_job(
+                name,
+                dataset(*data),
+                lora=lora,
+                optim=optim,
+                train=TrainConfig(max_steps=order.steps, global_batch_size=size),
+                eval=EvalConfig(split=6, every=4),
+                save=SaveConfig(every=order.save_every, **order.config.get("save", {})),
+            )
+        try:
+            made.fit()
+        except LoraFusionError as error:
+            out.write(f"error {error}\n")
+            return error.exit_code
+    return 0
+
+
+def main() -> None:
+    """Obeys one order after the other."""
+    for line in sys.stdin:
+        order = Order(**json.loads(line))
+        lines = os.open(order.lines, os.O_WRONLY)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = train(order, lines)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(lines)
+        print(f"pid {pid}", flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(f"exit {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
