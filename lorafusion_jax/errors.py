@@ -66,6 +66,12 @@ class NonFiniteError(LoraFusionError):
     exit_code = 4
 
 
+class LossSpikeError(LoraFusionError):
+    """Training stopped because too many steps of a job in a row were loss spikes."""
+
+    exit_code = 4
+
+
 class ResourceError(LoraFusionError):
     """Memory or disk is exhausted; the message says planned, available and the knob to turn."""
 

@@ -11,6 +11,7 @@ from lorafusion_jax.cli import (
     adapters,
     ask,
     export,
+    jobs,
     prepare,
     project,
     report,
@@ -38,6 +39,7 @@ for _module in (
     export,
     adapters,
     verify,
+    jobs,
 ):
     _module.register(app)
 

@@ -9,6 +9,7 @@ from lorafusion_jax.config.schema import RunConfig
 ALLOWED = (
     "output",
     "report.*",
+    "train.watchdog",
     "jobs.*.eval.every",
     "jobs.*.save.every",
     "jobs.*.save.keep_last",

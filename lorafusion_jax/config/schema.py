@@ -116,10 +116,13 @@ class RunTrainConfig(Section):
             first of none, mlp, attention and full that fits the device.
         deterministic: the same run gives the same bits on a GPU too, at some cost in speed; on a
             CPU it always does.
+        watchdog: seconds without any progress, compilation included, after which the process
+            writes the stacks of its threads and leaves with exit code 6; null waits for ever.
     """
 
     remat: Literal["auto", "none", "mlp", "attention", "full"] = "auto"
     deterministic: bool = False
+    watchdog: float | None = Field(default=1800.0, ge=1)
 
 
 class ReportConfig(Section):
@@ -370,6 +373,20 @@ class EarlyStoppingConfig(Section):
     keep_bits: bool = False
 
 
+class SpikeConfig(Section):
+    """What a loss spike is: a global batch whose loss is far above the job's recent ones.
+
+    Attributes:
+        window: losses that mean and deviation are taken of; no step is skipped before.
+        sigmas: deviations above the mean from which on a step is skipped.
+        max_consecutive: steps skipped in a row after which the run is saved and stops.
+    """
+
+    window: int = Field(default=32, ge=4, le=10_000)
+    sigmas: float = Field(default=6.0, gt=0)
+    max_consecutive: int = Field(default=3, ge=1)
+
+
 class TrainConfig(Section):
     """How long a job trains and how its samples are grouped.
 
@@ -380,6 +397,7 @@ class TrainConfig(Section):
         on_nonfinite: what a non-finite gradient does to this job: reject the step, freeze the
             adapter as it is, or stop the run.
         early_stopping: when the job ends before its last step; by default never.
+        spike: guard against loss spikes; null has none.
     """
 
     epochs: int | None = Field(default=None, ge=1)
@@ -387,6 +405,7 @@ class TrainConfig(Section):
     global_batch_size: int = Field(default=16, ge=1)
     on_nonfinite: Literal["skip", "freeze", "stop"] = "skip"
     early_stopping: EarlyStoppingConfig | None = None
+    spike: SpikeConfig | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

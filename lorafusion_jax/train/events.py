@@ -1,7 +1,7 @@
 """What a run tells its listeners. One callable gets every event; the CLI draws them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +197,13 @@ class RunEnded:
         seconds: of this process, from planning on.
         tokens: real tokens trained in this process.
         peak_bytes: most device memory used, where the device tells.
+        parts: seconds by what they went into (`lorafusion_jax.train.goodput`).
     """
 
     seconds: float
     tokens: int
     peak_bytes: int | None
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 type Event = (

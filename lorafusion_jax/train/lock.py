@@ -52,3 +52,16 @@ def _unwritable(directory: Path, error: OSError) -> Exception:
         f"output {directory} cannot be written: {error.strerror or error}; choose another output "
         "or change its permissions"
     )
+
+
+def holder(directory: Path) -> str | None:
+    """Returns who holds the run folder, in words, or None; takes nothing."""
+    try:
+        with open(directory / ".lock", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "an unknown process"
+    except OSError:
+        pass
+    return None

@@ -3,13 +3,16 @@
 The wait for a microbatch and its report are `outcome`, evaluation and export are `delivery`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from lorafusion_jax.config import RunConfig
+from lorafusion_jax.config.schema import SpikeConfig
+from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.lora.bank import put_slot, write_slot
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train import optimizer
@@ -20,13 +23,16 @@ from lorafusion_jax.train.early_stop import STOPPED, note_evaluation
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import CheckpointSaved, JobEnded, Listener, Notice
 from lorafusion_jax.train.feed import Feed
+from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.jobs import TrainJob, hyper_parameters
-from lorafusion_jax.train.outcome import Outcomes
+from lorafusion_jax.train.optimizer import Hyper
+from lorafusion_jax.train.outcome import IN_FLIGHT, Outcomes
 from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.replan import Change, Replanner
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule
+from lorafusion_jax.train.spike import SpikeGuard
 from lorafusion_jax.train.step import TrainState
 from lorafusion_sched import to_json
 
@@ -63,6 +69,8 @@ class Run:
         ended: jobs that ended early, and the microbatch from which on they are skipped.
         tokens: real tokens trained by this process.
         planned_memory: what the memory planner predicted, in words.
+        goodput: told what time goes into.
+        redo_until: microbatches before it were trained before a kill lost them.
     """
 
     base: Base
@@ -81,6 +89,8 @@ class Run:
     ended: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     planned_memory: str = ""
+    goodput: Goodput = field(default_factory=Goodput)
+    redo_until: int = 0
 
     def __post_init__(self):
         self._by_name = {job.name: job for job in self.jobs}
@@ -92,11 +102,13 @@ class Run:
         self._generation = 0
         self._feed = Feed(self._make)
         self._place_rows()
+        self._guard = SpikeGuard(_spike_configs(self.jobs), self.progress, lag=IN_FLIGHT)
         self._outcomes = Outcomes(
             self._by_name,
             self.schedule,
             self.progress,
             self.ended,
+            self._guard,
             self.listener,
             lambda: self.cursor,
         )
@@ -117,10 +129,17 @@ class Run:
             batch, _ = self._feed.get(self._want(self.cursor))
             self.programs.announce(self.state, self._hyper, batch, example)
 
-    def evaluate_base(self) -> None:
-        """Evaluates the base model on the held-out samples of every job that has not started."""
+    def evaluate_base(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Evaluates the base model on the held-out samples of every job that has not started.
+
+        Args:
+            stopping: asked between two jobs; True leaves the rest for later.
+        """
         for job in self.jobs:
+            if stopping():
+                return
             if self.progress[job.name].base_loss is None:
+                self.goodput.enter("evaluate")
                 self._delivery.evaluate(self.state.bank, job, BASE, self.cursor)
 
     def run_microbatch(self) -> None:
@@ -133,6 +152,7 @@ class Run:
         if self.finished:  # what was left has ended with its jobs
             self.save()
             return
+        self.goodput.enter("redone" if self.cursor < self.redo_until else "train")
         index, self.cursor = self.cursor, self.cursor + 1
         microbatch = self.schedule.plan.microbatches[index]
         for job in self.jobs:
@@ -164,17 +184,53 @@ class Run:
         self.ended[name] = self.cursor
         self._replanner.request(self.schedule, self.cursor, ended=(name,), repack=repack)
 
-    def join(self, jobs: Sequence[TrainJob]) -> None:
+    def check_room(self, job: TrainJob) -> None:
+        """Checks that the bank can hold a job that joins a running process.
+
+        Raises:
+            ConfigError: its rank, modules or optimizer would need a larger one; says what to do.
+        """
+        bank, problems = self.state.bank, []
+        r_max = next(iter(bank.a.values())).shape[1]
+        if job.max_rank > r_max:
+            problems.append(f"rank {job.max_rank}, the running process has room for {r_max}")
+        if missing := [path for path in job.targets if path not in bank.a]:
+            problems.append(f"module {missing[0]}, which no job of the run has")
+        if missing := [p for p in job.spec.patterned(job.targets) if p not in bank.ranks]:
+            problems.append(f"a rank of its own for {missing[0]}, which no job of the run has")
+        if job.config.optim.name not in self.state.opt.moments:
+            problems.append(f"optimizer {job.config.optim.name}, which no job of the run has")
+        if problems:
+            raise ConfigError(
+                f"{job.name} needs {'; '.join(problems)}. Stop the run, add the job to its "
+                "configuration and start it again: there it can join"
+            )
+
+    def remember(self, config: RunConfig, added: Sequence[TrainJob]) -> None:
+        """Lets checkpoints say what the run is from now on.
+
+        Args:
+            config: of the run, with all jobs.
+            added: jobs that the user's configuration does not have.
+        """
+        self.facts["config"] = config.model_dump(mode="json")
+        self.facts["data"] |= {job.name: job.fingerprint for job in added}
+        self.facts["added"] = [*self.facts["added"], *(job.name for job in added)]
+
+    def join(self, jobs: Sequence[TrainJob], *, repack: bool = True) -> None:
         """Lets jobs join; a planner in the background finds their place.
 
         Args:
             jobs: with names, modules, ranks and optimizers for which the bank has room. They wait
                 for a slot where all are taken.
+            repack: whether they share microbatches with the others; False gives them their own, and
+                changes no bit of the others.
 
         Raises:
             PlanError: a name is taken, or a sample does not fit.
         """
-        self._replanner.request(self.schedule, self.cursor, added=[job.plan for job in jobs])
+        plans = [job.plan for job in jobs]
+        self._replanner.request(self.schedule, self.cursor, added=plans, repack=repack)
         self._admit(jobs)
 
     def resume_change(self, record: dict[str, Any]) -> None:
@@ -206,12 +262,16 @@ class Run:
             "ended": self.ended,
             "change": None if change is None else change.to_record(),
         }
-        self._tell_saved(self.saver.save(self.cursor, self.state, progress, self._score()))
+        with self.goodput.during("save"):
+            saves = self.saver.save(self.cursor, self.state, progress, self._score())
+        self._tell_saved(saves)
 
     def finish_saving(self) -> None:
         """Saves what is not saved yet, and waits until it is on disk and verified."""
         self.save()
-        self._tell_saved(self.saver.wait())
+        with self.goodput.during("save"):
+            saves = self.saver.wait()
+        self._tell_saved(saves)
 
     def _tell_saved(self, saves: list[SaveDone]) -> None:
         for save in saves:
@@ -235,8 +295,20 @@ class Run:
         self.state, loss = self.programs.train(self.state, batch)
         report = None
         if np.any(ends):
-            self.state, report = self.programs.update(self.state, self._hyper, batch.batch_end)
+            hyper = self._with_limits(index)
+            self.state, report = self.programs.update(self.state, hyper, batch.batch_end)
         self._outcomes.dispatched(index, loss, report)
+
+    def _with_limits(self, index: int) -> Hyper:
+        """The hyper-parameters with the loss limits of the batches that a microbatch ends."""
+        if not self._guard.active:
+            return self._hyper
+        self._outcomes.settle_before(index - IN_FLIGHT)
+        limits = np.full(self._num_slots, np.inf, np.float32)
+        for stretch in self.schedule.plan.microbatches[index].stretches:
+            if stretch.ends:
+                limits[self.schedule.slot[stretch.job]] = self._guard.limit(stretch.job, index)
+        return self._hyper._replace(loss_limit=jax.device_put(limits))
 
     def _is_live(self, job: str) -> bool:
         """Whether a job still trains."""
@@ -244,6 +316,7 @@ class Run:
 
     def _admit(self, jobs: Sequence[TrainJob]) -> None:
         self.jobs = (*self.jobs, *jobs)
+        self._guard.admit(_spike_configs(jobs))
         for job in jobs:
             self._by_name[job.name] = job
             self.progress[job.name] = JobProgress()
@@ -325,7 +398,10 @@ class Run:
             for name, slot in self.schedule.slot.items()
             if self.schedule.first[name] <= now <= self.schedule.last[name]
         }
-        self._hyper = jax.device_put(hyper_parameters(self.jobs, slots, self._num_slots))
+        hyper = hyper_parameters(self.jobs, slots, self._num_slots)
+        if self._guard.active:
+            hyper = hyper._replace(loss_limit=np.full(self._num_slots, np.inf, np.float32))
+        self._hyper = jax.device_put(hyper)
 
     def _after(self, index: int) -> None:
         """Evaluates, ends jobs and saves, as due after a microbatch."""
@@ -347,11 +423,12 @@ class Run:
             self._outcomes.settle()
         bank, slot = self.state.bank, self.schedule.slot
         stopping = []
-        for job in to_evaluate:
-            self._delivery.evaluate(bank, job, slot[job.name], index)
-            rule = job.config.train.early_stopping
-            if note_evaluation(rule, self.progress[job.name]) and job not in to_end:
-                stopping.append(job)
+        with self.goodput.during("evaluate"):
+            for job in to_evaluate:
+                self._delivery.evaluate(bank, job, slot[job.name], index)
+                rule = job.config.train.early_stopping
+                if note_evaluation(rule, self.progress[job.name]) and job not in to_end:
+                    stopping.append(job)
         for job in to_end:
             self._delivery.end(bank, job, slot[job.name])
         for job in stopping:
@@ -374,3 +451,8 @@ class Run:
             )
         )
         self.end_job(job.name, STOPPED, repack=not rule.keep_bits)
+
+
+def _spike_configs(jobs: Sequence[TrainJob]) -> dict[str, SpikeConfig]:
+    found = {job.name: job.config.train.spike for job in jobs}
+    return {name: spike for name, spike in found.items() if spike is not None}

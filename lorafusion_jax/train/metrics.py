@@ -65,11 +65,15 @@ class RunWriter:
         folder: the run's folder, prepared by `write_start`.
         every: optimizer steps of each job between two lines of its metrics.
         cursor: first microbatch that will run.
+
+    Attributes:
+        lost: microbatches before it were trained before, as far as the removed lines tell.
     """
 
     def __init__(self, folder: RunFolder, every: int, cursor: int):
         self._every, self._folder, self._cursor = every, folder, cursor
         self._metrics: dict[str, JsonLines] = {}
+        self.lost = cursor
         for name in folder.jobs:
             self._lines_of(name)
         self._events = JsonLines(folder.path / "events.jsonl")
@@ -98,8 +102,14 @@ class RunWriter:
         if job not in self._metrics:
             path = self._folder.job(job) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._metrics[job] = JsonLines(path, lambda line: line["microbatch"] < self._cursor)
+            self._metrics[job] = JsonLines(path, self._stays)
         return self._metrics[job]
+
+    def _stays(self, line: dict[str, Any]) -> bool:
+        """Whether a line is of a microbatch that will not be trained again."""
+        if line["microbatch"] >= self._cursor:
+            self.lost = max(self.lost, line["microbatch"] + 1)
+        return line["microbatch"] < self._cursor
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +176,10 @@ def describe(event: Event) -> str:
         case Notice():
             return event.message
         case RunEnded():
-            return f"{event.tokens} tokens in {event.seconds:.1f} s"
+            parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in event.parts.items())
+            return f"{event.tokens} tokens in {event.seconds:.1f} s" + (
+                f": {parts}" if parts else ""
+            )
 
 
 def _bucket(event: Compiling) -> str:

@@ -33,7 +33,8 @@ class Hyper(NamedTuple):
         weight_decay: decoupled decay of adamw.
         max_grad_norm: clips the slot's own global norm; inf never clips.
         lora_plus_ratio: learning rate of B over that of A.
-        freeze_on_nonfinite: a rejected batch freezes the slot for good.
+        freeze_on_nonfinite: a non-finite batch freezes the slot for good.
+        loss_limit: a batch whose loss is above it is rejected too; None where no job has a limit.
     """
 
     kind: Int[Array, " slots"]
@@ -48,6 +49,7 @@ class Hyper(NamedTuple):
     max_grad_norm: Float[Array, " slots"]
     lora_plus_ratio: Float[Array, " slots"]
     freeze_on_nonfinite: Bool[Array, " slots"]
+    loss_limit: Float[Array, " slots"] | None = None
 
 
 class OptState(NamedTuple):
@@ -172,7 +174,8 @@ def gated_update(
     norm = jax.vmap(optax.tree.norm)(grads) if norm is None else norm
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     live = ended & ~state.frozen
-    applied, rejected = live & finite, live & ~finite
+    good = finite if hyper.loss_limit is None else finite & (loss <= hyper.loss_limit)
+    applied, rejected = live & good, live & ~good
     lr = learning_rate(hyper, state.count)
     moments = {}
     for name, old in state.moments.items():
@@ -185,7 +188,7 @@ def gated_update(
         moments=moments,
         count=state.count + applied,
         rejected=state.rejected + rejected,
-        frozen=state.frozen | (rejected & hyper.freeze_on_nonfinite),
+        frozen=state.frozen | (live & ~finite & hyper.freeze_on_nonfinite),
     )
     return params, new_state, UpdateInfo(applied, norm, lr)
 

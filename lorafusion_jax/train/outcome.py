@@ -4,12 +4,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 
-from lorafusion_jax.errors import NonFiniteError
+from lorafusion_jax.errors import LossSpikeError, NonFiniteError
 from lorafusion_jax.train.events import Listener, MicrobatchDone, Notice, StepDone
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.schedule import Schedule
+from lorafusion_jax.train.spike import SpikeGuard
 from lorafusion_jax.train.step import StepReport
 from lorafusion_sched import Microbatch, Stretch
 
@@ -25,6 +27,7 @@ class Outcomes:
         schedule: plan and slots.
         progress: of each job; policies change it.
         ended: jobs that ended early, and the microbatch from which on they are skipped.
+        guard: told the loss of every step.
         listener: told everything.
         cursor: returns the next microbatch, for messages.
 
@@ -38,11 +41,12 @@ class Outcomes:
         schedule: Schedule,
         progress: Mapping[str, JobProgress],
         ended: Mapping[str, int],
+        guard: SpikeGuard,
         listener: Listener,
         cursor: Callable[[], int],
     ):
-        self.failure: NonFiniteError | None = None
-        self._jobs, self._progress, self._ended = jobs, progress, ended
+        self.failure: NonFiniteError | LossSpikeError | None = None
+        self._jobs, self._progress, self._ended, self._guard = jobs, progress, ended, guard
         self._listener, self._cursor = listener, cursor
         self._under_way: deque[tuple[int, jax.Array, StepReport | None]] = deque()
         self.follow(schedule)
@@ -70,6 +74,11 @@ class Outcomes:
             loss.block_until_ready()
             self._report(index, None if report is None else jax.device_get(report))
 
+    def settle_before(self, index: int) -> None:
+        """Waits for the microbatches before `index`: their losses are known then."""
+        while self._under_way and self._under_way[0][0] < index:
+            self.settle(len(self._under_way) - 1)
+
     def _report(self, index: int, report: StepReport | None) -> None:
         microbatches = self._schedule.plan.microbatches
         microbatch = microbatches[index]
@@ -83,13 +92,16 @@ class Outcomes:
 
     def _report_step(self, index: int, stretch: Stretch, report: StepReport) -> None:
         job, slot = self._jobs[stretch.job], self._schedule.slot[stretch.job]
-        applied = bool(report.applied[slot])
+        applied, loss = bool(report.applied[slot]), float(report.loss[slot])
+        finite = bool(np.isfinite(loss) and np.isfinite(report.grad_norm[slot]))
+        if finite:
+            self._guard.note(job.name, index, loss, applied=applied)
         self._listener(
             StepDone(
                 job=job.name,
                 step=stretch.batch + 1,
                 total=job.num_steps,
-                loss=float(report.loss[slot]),
+                loss=loss,
                 tokens=self._tokens_at[job.name, stretch.batch],
                 lr=float(report.lr[slot]),
                 grad_norm=float(report.grad_norm[slot]),
@@ -97,8 +109,26 @@ class Outcomes:
                 microbatch=index,
             )
         )
-        if not applied:
+        if not applied and finite:
+            self._skip_spike(job, stretch.batch + 1, loss)
+        elif not applied:
             self._reject(job, stretch.batch + 1)
+
+    def _skip_spike(self, job: TrainJob, step: int, loss: float) -> None:
+        """Reports a spike, which the device has skipped already, and stops after too many."""
+        progress = self._progress[job.name]
+        progress.rejected += 1
+        message = (
+            f"{job.name}: step {step} skipped, its loss {loss:.4g} is a spike (train.spike; "
+            f"{progress.spikes} in a row)"
+        )
+        self._listener(Notice(message))
+        if self._guard.exhausted(job.name):
+            self.failure = LossSpikeError(
+                f"{message}; stopped. All jobs are saved at microbatch {self._cursor()}; the same "
+                "command goes on after the skipped steps. Look at the data there, lower optim.lr, "
+                "or raise train.spike.sigmas"
+            )
 
     def _reject(self, job: TrainJob, step: int) -> None:
         """Obeys a job's policy after a non-finite batch, which the device has rejected already."""

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 from jaxtyping import PyTree
 
-from lorafusion_jax.config import BatchingConfig, RunConfig
+from lorafusion_jax.config import BatchingConfig
 from lorafusion_jax.lora.bank import (
     attach_adapters,
     multi_linears,
@@ -19,6 +19,7 @@ from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.batch import segment_bucket
 from lorafusion_jax.train.evaluate import Evaluator
 from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
+from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loop import Run
 from lorafusion_jax.train.memory import Step, choose_remat, device_bytes, moments_of, predict
@@ -42,27 +43,25 @@ def tile_rows(batching: BatchingConfig) -> int:
 
 def prepare_run(
     base: Base,
-    config: RunConfig,
-    jobs: Sequence[TrainJob],
     folder: RunFolder,
     schedule: Schedule,
     saved: Saved,
     saver: BackgroundSaver,
     listener: Listener,
+    goodput: Goodput,
 ) -> Run:
     """Puts an adapter bank beside the base model and restores what was saved.
 
     Args:
         base: the base model; it stays as it is.
-        config: the run.
-        jobs: in order of the configuration.
         folder: where results go.
         schedule: plan and slots.
-        saved: what the run goes on from.
+        saved: configuration, jobs, and what the run goes on from.
         saver: of its states.
         listener: told about the plan first.
+        goodput: told what time goes into.
     """
-    tile = schedule.plan.tile
+    config, jobs, tile = saved.config, saved.jobs, schedule.plan.tile
     num_slots = max(schedule.num_slots, saved.num_slots)
     paths = _targeted(base, jobs)
     bank = attach_adapters(base.model, paths, num_slots, max(job.max_rank for job in jobs))
@@ -92,7 +91,7 @@ def prepare_run(
     )
     remat, planned = _plan_memory(step, config.train.remat)
     model = Model(graphdef, remat, chunk, config.train.deterministic)
-    programs = Programs(model, frozen, listener)
+    programs = Programs(model, frozen, listener, waiting=lambda: goodput.during("compile"))
     run = Run(
         base=base,
         jobs=jobs,
@@ -104,9 +103,10 @@ def prepare_run(
         folder=folder,
         saver=saver,
         listener=listener,
-        facts=run_facts(config, base, jobs, to_json(schedule.plan)),
+        facts=run_facts(config, base, jobs, to_json(schedule.plan), saved.added),
         progress={name: JobProgress(**values) for name, values in saved.progress.items()},
         cursor=saved.cursor,
+        goodput=goodput,
         ended=dict(saved.ended),
         planned_memory=planned,
     )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Programs:
         model: static half of the base model.
         frozen: its weights.
         listener: told about compilations.
+        waiting: entered while training waits for the compiler.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Programs:
         model: Model,
         frozen: PyTree,
         listener: Callable[[Compiling], None] = lambda _: None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        self._frozen, self._listener = frozen, listener
+        self._frozen, self._listener, self._waiting = frozen, listener, waiting
         jit = partial(jax.jit, compiler_options=_REPEATABLE if model.deterministic else None)
         self._jitted = {
             "train": jit(partial(train_step, model), donate_argnums=0),
@@ -105,10 +108,12 @@ class Programs:
     def _program(self, key: _Key, *args):
         if key not in self._compiled:
             if key in self._compiling:
-                program, seconds = self._compiling.pop(key).result()
+                with self._waiting():
+                    program, seconds = self._compiling.pop(key).result()
             else:
                 self._listener(Compiling(key.name, key.capacity))
-                program, seconds = _compile(self._jitted[key.name], args)
+                with self._waiting():
+                    program, seconds = _compile(self._jitted[key.name], args)
             memory = program.memory_analysis()
             temp_bytes = None if memory is None else memory.temp_size_in_bytes
             self._listener(Compiling(key.name, key.capacity, seconds, temp_bytes))

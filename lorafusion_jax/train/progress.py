@@ -1,6 +1,6 @@
 """How far a job is, beside its arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -16,6 +16,8 @@ class JobProgress:
         status: "waiting", "training", "done", "frozen", or why it ended early.
         stop_reference: held-out loss that early stopping compares with.
         stale: evaluations in a row that were not better than it.
+        recent: microbatch and loss of the last steps that were applied, for the spike guard.
+        spikes: steps skipped as spikes in a row.
     """
 
     base_loss: float | None = None
@@ -26,6 +28,8 @@ class JobProgress:
     exact_match: float | None = None
     step: int = 0
     rejected: int = 0
+    recent: list[list[float]] = field(default_factory=list)
+    spikes: int = 0
     status: str = "waiting"
     stop_reference: float | None = None
     stale: int = 0

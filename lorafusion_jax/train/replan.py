@@ -88,7 +88,7 @@ class Replanner:
             swap=_swap(schedule, cursor),
             ended=before.ended | dict.fromkeys(ended, cursor),
             added=(*before.added, *(job.name for job in added)),
-            repack=before.repack or repack or bool(added),
+            repack=before.repack or repack,
         )
         self._added += added
         self.start(schedule, change, self._added)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lorafusion_jax.config import RunConfig, config_diff
+from lorafusion_jax.config import JobConfig, RunConfig, config_diff
 from lorafusion_jax.errors import CheckpointError, ConfigError
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train.checkpoint import Checkpoints, Leaves, Restored, leaves_of, unflatten_like
@@ -36,14 +36,27 @@ def base_fingerprint(base: Base) -> str:
 
 
 def run_facts(
-    config: RunConfig, base: Base, jobs: Sequence[TrainJob], plan_json: str
+    config: RunConfig,
+    base: Base,
+    jobs: Sequence[TrainJob],
+    plan_json: str,
+    added: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns what identifies a run, to be saved with every checkpoint."""
+    """Returns what identifies a run, to be saved with every checkpoint.
+
+    Args:
+        config: of the run.
+        base: the base model.
+        jobs: of the run.
+        plan_json: the plan.
+        added: jobs that joined the running process, and that the user's configuration lacks.
+    """
     return {
         "config": config.model_dump(mode="json"),
         "base": base_fingerprint(base),
         "data": {job.name: job.fingerprint for job in jobs},
         "plan": plan_json,
+        "added": list(added),
     }
 
 
@@ -86,6 +99,8 @@ class Saved:
     """What a run goes on from; nothing for a new one.
 
     Attributes:
+        config: of the run, with jobs that joined a running process.
+        jobs: of the run, likewise.
         checkpoints: where the run saves.
         restored: the verified checkpoint, or None.
         plan: of the run that saved it.
@@ -93,6 +108,8 @@ class Saved:
         notices: what the user should know.
     """
 
+    config: RunConfig
+    jobs: tuple[TrainJob, ...]
     checkpoints: Checkpoints
     restored: Restored | None = None
     plan: Plan | None = None
@@ -103,6 +120,11 @@ class Saved:
     def cursor(self) -> int:
         """First microbatch to run."""
         return 0 if self.restored is None else self.restored.progress["cursor"]
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Jobs that joined a running process."""
+        return () if self.restored is None else tuple(self.restored.progress.get("added", ()))
 
     @property
     def num_slots(self) -> int:
@@ -141,6 +163,7 @@ def find_saved(
     base: Base,
     jobs: Sequence[TrainJob],
     resume: str,
+    resolve: Callable[[JobConfig], TrainJob],
     at: Callable[[str], None] = lambda _: None,
 ) -> Saved:
     """Finds the newest usable checkpoint of this run, and sweeps what cannot be used.
@@ -151,6 +174,7 @@ def find_saved(
         base: of this run.
         jobs: of this run.
         resume: see `MultiTrainer.fit`.
+        resolve: reads the data of a job that joined a running process.
         at: see `Checkpoints`.
 
     Raises:
@@ -168,12 +192,13 @@ def find_saved(
     if resume == "never":
         folder.remove_run()
         own.prepare()
-        return Saved(own)
+        return Saved(config, tuple(jobs), own)
     restored = own.restore() if resume == "auto" else _restore_from(Path(resume), notices)
     if restored is None:
         own.prepare()
         own.sweep()
-        return Saved(own)
+        return Saved(config, tuple(jobs), own)
+    config, jobs = _with_added(restored.progress, config, jobs, resolve)
     joined = check_same_run(restored.progress, config, base, jobs)
     try:
         plan = from_json(restored.progress["plan"])
@@ -184,10 +209,26 @@ def find_saved(
     own.prepare()
     own.sweep()
     own.discard_after(restored.step)
-    saved = Saved(own, restored, plan, tuple(joined))
+    saved = Saved(config, tuple(jobs), own, restored, plan, tuple(joined))
     notices.append(f"going on after microbatch {saved.cursor} of {len(plan.microbatches)}")
     notices += [f"{name} joins" for name in joined]
     return replace(saved, notices=tuple(notices))
+
+
+def _with_added(
+    saved: Mapping[str, Any],
+    config: RunConfig,
+    jobs: Sequence[TrainJob],
+    resolve: Callable[[JobConfig], TrainJob],
+) -> tuple[RunConfig, Sequence[TrainJob]]:
+    """Adds the jobs that joined the process that saved; the user's configuration may lack them."""
+    names = {*saved.get("added", ())} - {job.name for job in jobs}
+    if not names:
+        return config, jobs
+    old = RunConfig.model_validate_json(json.dumps(saved["config"]))
+    added = [job for job in old.jobs if job.name in names]
+    config = config.model_copy(update={"jobs": (*config.jobs, *added)})
+    return config, (*jobs, *map(resolve, added))
 
 
 def _restore_from(path: Path, notices: list[str]) -> Restored:

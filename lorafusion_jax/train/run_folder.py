@@ -3,6 +3,8 @@
     config.yaml  config.resolved.yaml  environment.json  plan.json  train.log  events.jsonl
     jobs/NAME/{metrics.jsonl, adapter/, adapter_last/}
     checkpoints/STEP/    the state of all jobs together
+    control/             requests to the process that trains
+    stacks.txt           of every thread, if the watchdog ended the run
     summary.md  report.html  loss.png  utilisation.png
 
 `adapter/` is the best by held-out loss, or the last where nothing is held out; `adapter_last/` is
@@ -33,6 +35,8 @@ _CONTENTS = (
     "events.jsonl",
     "jobs",
     "checkpoints",
+    "control",
+    "stacks.txt",
     "summary.md",
     "sweep.json",
     "loss.png",
@@ -105,9 +109,14 @@ class RunFolder:
             self.job(job.name).mkdir(parents=True, exist_ok=True)
         if source is not None:
             write_text(self.path / "config.yaml", source.read_text(encoding="utf-8"))
-        write_text(self.path / "config.resolved.yaml", resolved_yaml(config))
+        self.write_config(config)
         write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         self.write_plan(plan_json)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Writes the complete configuration again, when jobs have joined."""
+        write_text(self.path / "config.resolved.yaml", resolved_yaml(config))
+        self.__dict__.pop("config", None)
 
 
 def open_run(path: str | Path) -> RunFolder:

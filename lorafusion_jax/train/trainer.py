@@ -1,11 +1,9 @@
 """Training many adapters at once, told from beginning to end by `MultiTrainer.fit`."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import jax
 from pydantic import ValidationError
 
 from lorafusion_jax.config import (
@@ -22,20 +20,23 @@ from lorafusion_jax.config import (
     SaveConfig,
     TrainConfig,
 )
-from lorafusion_jax.errors import ConfigError, ResourceError
+from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.models.hf_weights import Base, load_base
 from lorafusion_jax.train.background import BackgroundSaver
-from lorafusion_jax.train.events import Event, Listener, RunEnded
+from lorafusion_jax.train.drive import drive, explained_memory, fan_out, peak_bytes
+from lorafusion_jax.train.events import Listener, RunEnded
+from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.jobs import Data, TrainJob, resolve_job
 from lorafusion_jax.train.lock import run_lock
-from lorafusion_jax.train.loop import Run
 from lorafusion_jax.train.metrics import RunWriter, write_summary
+from lorafusion_jax.train.obey import Obedience
 from lorafusion_jax.train.prepare import prepare_run, tile_rows
 from lorafusion_jax.train.results import Results, collect_results
 from lorafusion_jax.train.resume import Saved, find_saved
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule, capacity_that_fills, make_schedule, schedule_of
-from lorafusion_jax.train.signals import StoppedError, StopSignals
+from lorafusion_jax.train.signals import StopSignals
+from lorafusion_jax.train.watchdog import Watchdog
 from lorafusion_sched import to_json
 
 IN_MEMORY = "(in memory)"
@@ -161,40 +162,42 @@ class MultiTrainer:
             LoraFusionError: configuration, data, checkpoints or resources cannot be used.
             StoppedError: a signal stopped training, after a clean save.
         """
-        start = time.perf_counter()
-        config = self.config
+        goodput, config = Goodput(), self.config
         # Whatever is wrong with the data or the targets ends the run here, with nothing written.
-        jobs = [
-            resolve_job(job, data, self._base, config.batching, config.seed)
-            for job, data in self._jobs
-        ]
+        jobs = [self._resolve(job, data) for job, data in self._jobs]
         folder = RunFolder(self._output)
-        with run_lock(folder.path), StopSignals() as signals, _explained_memory(config) as planned:
-            saved = find_saved(folder, config, self._base, jobs, resume, self._at)
-            schedule = self._schedule(config, jobs, saved)
-            folder.write_start(config, to_json(schedule.plan), self._source)
+        with run_lock(folder.path), StopSignals() as signals, explained_memory(config) as planned:
+            saved = find_saved(folder, config, self._base, jobs, resume, self._resolve, self._at)
+            schedule = self._schedule(saved)
+            folder.write_start(saved.config, to_json(schedule.plan), self._source)
             with (
+                Watchdog(config.train.watchdog, folder.path / "stacks.txt") as watchdog,
                 RunWriter(folder, config.report.every, saved.cursor) as writer,
                 BackgroundSaver(saved.checkpoints) as saver,
             ):
-                listener = _fan_out(writer, self._listener)
-                run = prepare_run(
-                    self._base, config, jobs, folder, schedule, saved, saver, listener
-                )
+                listener = fan_out(watchdog.alive, writer, self._listener)
+                run = prepare_run(self._base, folder, schedule, saved, saver, listener, goodput)
                 planned.append(run.planned_memory)
+                run.redo_until = writer.lost
                 with closing(run):
-                    _drive(run, signals)
-                listener(RunEnded(time.perf_counter() - start, run.tokens, _peak_bytes()))
-            write_summary(folder, jobs, run.progress)
+                    drive(run, signals, Obedience(run, saved.config, self._resolve))
+                parts = goodput.seconds()
+                listener(RunEnded(sum(parts.values()), run.tokens, peak_bytes(), parts))
+            write_summary(folder, run.jobs, run.progress)
         return collect_results(folder, run.progress)
+
+    def _resolve(self, job: JobConfig, data: Data | None = None) -> TrainJob:
+        """Reads a job's data, from where its configuration says if they are not given."""
+        given = job.data if data is None else data
+        return resolve_job(job, given, self._base, self.config.batching, self.config.seed)
 
     def _adopt(self, config: RunConfig, source: Path | None) -> None:
         """Takes over a complete configuration as it is."""
         self._config, self._source = config, source
         self._jobs = [(job, job.data) for job in config.jobs]
 
-    def _schedule(self, config: RunConfig, jobs: Sequence[TrainJob], saved: Saved) -> Schedule:
-        batching, plans = config.batching, [job.plan for job in jobs]
+    def _schedule(self, saved: Saved) -> Schedule:
+        batching, plans = saved.config.batching, [job.plan for job in saved.jobs]
         limit = batching.tokens_per_microbatch
         tile = tile_rows(batching) if saved.plan is None else saved.plan.tile
         capacities = batching.capacities or (capacity_that_fills(plans, limit, tile),)
@@ -260,58 +263,3 @@ def _config_errors(what: str) -> Iterator[None]:
             for e in error.errors()
         ]
         raise ConfigError(f"{what}: " + "; ".join(problems)) from error
-
-
-def _drive(run: Run, signals: StopSignals) -> None:
-    """Takes a run to its end.
-
-    Raises:
-        StoppedError: a signal came; all is saved.
-    """
-    run.compile_ahead()
-    run.evaluate_base()
-    while not run.finished:
-        run.run_microbatch()
-        if signals.received is not None:
-            run.finish_saving()
-            raise StoppedError(_how_to_go_on(run), signals.received)
-    run.finish_saving()
-
-
-@contextmanager
-def _explained_memory(config: RunConfig) -> Iterator[list[str]]:
-    """Turns the device's out-of-memory errors into ours; yields a list for what was planned."""
-    planned: list[str] = []
-    try:
-        yield planned
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ResourceError(
-            "\n".join(["out of device memory: " + str(error).splitlines()[0][:300], *planned, ""])
-            + f"lower batching.tokens_per_microbatch (now {config.batching.tokens_per_microbatch}) "
-            f"or raise train.remat (now {config.train.remat}; mlp, attention, then full); the last "
-            "checkpoint is intact"
-        ) from error
-
-
-def _fan_out(*listeners: Listener | None) -> Listener:
-    def tell(event: Event) -> None:
-        for listener in listeners:
-            if listener is not None:
-                listener(event)
-
-    return tell
-
-
-def _how_to_go_on(run: Run) -> str:
-    total = len(run.schedule.plan.microbatches)
-    return (
-        f"stopped by a signal after microbatch {run.cursor} of {total}; everything is saved, the "
-        "same command goes on from there"
-    )
-
-
-def _peak_bytes() -> int | None:
-    """Most device memory used so far; CPUs do not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -51,17 +51,19 @@ def replan(
         added: jobs that join. With `Problem.max_active` they may wait for another to end.
         repack: pack the rest anew, so that the others use the room of ended jobs. False leaves
             every other job exactly where it was, and so all of its bits: rows of ended jobs become
-            padding, and without a pipeline microbatches that this empties are dropped.
+            padding, without a pipeline microbatches that this empties are dropped, and jobs that
+            join have microbatches of their own between the others', or behind them where no
+            adapter slot is free.
 
     Returns:
         The changed problem and its plan, the same in every process for the same arguments.
 
     Raises:
         PlanError: a name is unknown or taken, a new sample fits no capacity, the cursor is in the
-            middle of a slot, jobs join without `repack`, or `current` is not of this problem.
+            middle of a slot, or `current` is not of this problem.
     """
     ended = ended or {}
-    _check(problem, current, cursor, ended, added, repack)
+    _check(problem, current, cursor, ended, added)
     done = [
         _without_jobs(mb, {name for name, first in ended.items() if first <= position})
         for position, mb in enumerate(current.microbatches[:cursor])
@@ -77,6 +79,7 @@ def replan(
         rest = _pack_rest(asked, done, past)
     else:
         rest = _strip(current.microbatches[cursor:], set(ended), problem)
+        rest = _beside(rest, added, problem)
     changed = replace(current, microbatches=(*done, *rest))
     verify(asked, changed)
     return Revision(asked, changed)
@@ -119,7 +122,6 @@ def _check(
     cursor: int,
     ended: Mapping[str, int],
     added: Sequence[Job],
-    repack: bool,
 ) -> None:
     if not 0 <= cursor <= len(current.microbatches) or cursor % problem.width:
         raise PlanError(
@@ -135,8 +137,6 @@ def _check(
                 f"job {name!r} ends at {first}, expected a multiple of width={problem.width} from "
                 f"0 to {cursor=}"
             )
-    if added and not repack:
-        raise PlanError("jobs can only join where the rest is packed anew (repack=True)")
     if taken := sorted(names & {job.name for job in added}):
         raise PlanError(f"job {taken[0]!r} is in the plan already; choose another name")
 
@@ -164,6 +164,29 @@ def _strip(rest: Sequence[Microbatch], ended: set[str], problem: Problem) -> lis
         if problem.distance > 1 or was_empty or any(mb.stretches for mb in stripped):
             kept += stripped
     return kept
+
+
+def _beside(rest: list[Microbatch], added: Sequence[Job], problem: Problem) -> list[Microbatch]:
+    """Puts new jobs into slots of their own, evenly between those of the others."""
+    if not added:
+        return rest
+    own = plan(replace(problem, jobs=tuple(replace(job, ready=0) for job in added))).microbatches
+    width = problem.width
+    theirs, new = (
+        [list(mbs[at : at + width]) for at in range(0, len(mbs), width)] for mbs in (rest, own)
+    )
+    present = {stretch.job for mb in rest for stretch in mb.stretches}
+    if problem.max_active is not None and len(present) + len(added) > problem.max_active:
+        empty = Microbatch((), problem.capacities[0])
+        pause = [empty] * (width * (problem.distance - 1))
+        return [*rest, *pause, *own]
+    # Of equal fractions the older job comes first. Distances only grow.
+    ranked = sorted(
+        [((i + 1) / len(theirs), 0, slot) for i, slot in enumerate(theirs)]
+        + [((i + 1) / len(new), 1, slot) for i, slot in enumerate(new)],
+        key=lambda entry: entry[:2],
+    )
+    return [microbatch for _, _, slot in ranked for microbatch in slot]
 
 
 def _pack_rest(

@@ -47,9 +47,7 @@ def check_change(problem: Problem, draw) -> None:
         firsts = st.integers(before, cursor // problem.width)
         ended = {name: problem.width * draw(firsts) for name in sorted(names)}
         repack = draw(st.booleans())
-        added = (
-            (job(f"new{turn}", 2, turn, gbs=2, longest=problem.capacities[-1]),) if repack else ()
-        )
+        added = (job(f"new{turn}", 2, turn, gbs=2, longest=problem.capacities[-1]),)
         changed = replan(problem, current, cursor, ended=ended, added=added, repack=repack)
         start = min([cursor, *ended.values()])
         assert changed.plan.microbatches[:start] == current.microbatches[:start]
@@ -164,7 +162,6 @@ def test_what_was_trained_must_be_the_jobs_own():
         (0, {"ended": {"x": 0}}, "no job 'x'; there are: a, b, c, d"),
         (2, {"ended": {"a": 3}}, "ends at 3"),
         (0, {"added": (job("a", 1, 1),)}, "'a' is in the plan already"),
-        (0, {"added": (job("e", 1, 1),), "repack": False}, "packed anew"),
         (0, {"added": (job_from_lengths("e", [9999], global_batch_size=1),)}, "9999 tokens"),
     ],
 )

@@ -1,0 +1,78 @@
+"""Takes a run to its end: signals, requests, listeners that may leave, memory that may run out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+
+from lorafusion_jax.config import RunConfig
+from lorafusion_jax.errors import ResourceError
+from lorafusion_jax.train.events import Event, Listener
+from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.signals import StoppedError, StopSignals
+
+
+def drive(run: Run, signals: StopSignals, obey: Callable[[], None]) -> None:
+    """Trains until all is done.
+
+    Args:
+        run: just prepared.
+        signals: a received one stops the run after the microbatch under way.
+        obey: called between two microbatches.
+
+    Raises:
+        StoppedError: a signal came; all is saved.
+    """
+    run.compile_ahead()
+    run.evaluate_base(lambda: signals.received is not None)
+    while not run.finished:
+        if signals.received is not None:
+            run.finish_saving()
+            raise StoppedError(_how_to_go_on(run), signals.received)
+        obey()
+        run.run_microbatch()
+    run.finish_saving()
+
+
+def _how_to_go_on(run: Run) -> str:
+    total = len(run.schedule.plan.microbatches)
+    return (
+        f"stopped by a signal after microbatch {run.cursor} of {total}; everything is saved, the "
+        "same command goes on from there"
+    )
+
+
+@contextmanager
+def explained_memory(config: RunConfig) -> Iterator[list[str]]:
+    """Turns the device's out-of-memory errors into ours; yields a list for what was planned."""
+    planned: list[str] = []
+    try:
+        yield planned
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ResourceError(
+            "\n".join(["out of device memory: " + str(error).splitlines()[0][:300], *planned, ""])
+            + f"lower batching.tokens_per_microbatch (now {config.batching.tokens_per_microbatch}) "
+            f"or raise train.remat (now {config.train.remat}; mlp, attention, then full); the last "
+            "checkpoint is intact"
+        ) from error
+
+
+def fan_out(*listeners: Listener | None) -> Listener:
+    """Returns a listener that tells all of these; one whose reader has left is told no more."""
+    listening = [listener for listener in listeners if listener is not None]
+
+    def tell(event: Event) -> None:
+        for listener in tuple(listening):
+            try:
+                listener(event)
+            except BrokenPipeError:  # as of a terminal that was closed: no reason to stop training
+                listening.remove(listener)
+
+    return tell
+
+
+def peak_bytes() -> int | None:
+    """Most device memory used so far; CPUs do not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
