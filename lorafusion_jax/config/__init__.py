@@ -17,6 +17,7 @@ from lorafusion_jax.config.schema import (
     RunTrainConfig,
     SaveConfig,
     SourceConfig,
+    SpikeConfig,
     TrainConfig,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "RunTrainConfig",
     "SaveConfig",
     "SourceConfig",
+    "SpikeConfig",
     "TrainConfig",
     "config_diff",
     "config_from_dict",

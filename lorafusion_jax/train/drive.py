@@ -1,6 +1,6 @@
 """Takes a run to its end: signals, requests, listeners that may leave, memory that may run out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
@@ -9,16 +9,17 @@ from lorafusion_jax.config import RunConfig
 from lorafusion_jax.errors import ResourceError
 from lorafusion_jax.train.events import Event, Listener
 from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.obey import Obedience
 from lorafusion_jax.train.signals import StoppedError, StopSignals
 
 
-def drive(run: Run, signals: StopSignals, obey: Callable[[], None]) -> None:
+def drive(run: Run, signals: StopSignals, obey: Obedience) -> None:
     """Trains until all is done.
 
     Args:
         run: just prepared.
         signals: a received one stops the run after the microbatch under way.
-        obey: called between two microbatches.
+        obey: looks for requests between two microbatches.
 
     Raises:
         StoppedError: a signal came; all is saved.
@@ -28,10 +29,12 @@ def drive(run: Run, signals: StopSignals, obey: Callable[[], None]) -> None:
     while not run.finished:
         if signals.received is not None:
             run.finish_saving()
+            obey.forget()
             raise StoppedError(_how_to_go_on(run), signals.received)
         obey()
         run.run_microbatch()
     run.finish_saving()
+    obey.forget()
 
 
 def _how_to_go_on(run: Run) -> str:

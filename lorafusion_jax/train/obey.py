@@ -25,17 +25,26 @@ class Obedience:
 
     def __init__(self, run: Run, config: RunConfig, resolve: Callable[[JobConfig], TrainJob]):
         self._run, self._config, self._resolve = run, config, resolve
+        self._obeyed: list[Path] = []
 
     def __call__(self) -> None:
-        """Obeys the requests that are waiting, oldest first; each is on disk before it goes."""
+        """Obeys the requests that are waiting, oldest first."""
+        if self._obeyed:  # a microbatch ago: this one's checkpoint can hold what was asked for
+            self._run.finish_saving()
+            self.forget()
         for path in control.waiting(self._run.folder):
             try:
                 self._obey(path)
+                self._obeyed.append(path)
             except (LoraFusionError, PlanError) as error:
                 self._run.listener(Notice(f"request refused: {error}"))
-            else:
-                self._run.finish_saving()
+                path.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Removes the requests that were obeyed; to be called when a checkpoint holds them."""
+        for path in self._obeyed:
             path.unlink(missing_ok=True)
+        self._obeyed = []
 
     def _obey(self, path: Path) -> None:
         request = control.read(path)
