@@ -189,9 +189,9 @@ def spiking(monkeypatch, batches: set[int], factor: float = 50.0):
 
     real = loop.Run._pack
 
-    def pack(run, index):
-        packed = real(run, index)
-        stretches = run.schedule.plan.microbatches[index].stretches
+    def pack(run, want):
+        packed = real(run, want)
+        stretches = run.schedule.plan.microbatches[want.index].stretches
         if any(s.job == "sql" and s.batch in batches for s in stretches):
             mine = np.repeat(packed.tile_adapter == run.schedule.slot["sql"], 16)
             weight = np.where(mine, packed.loss_weight * np.float32(factor), packed.loss_weight)
