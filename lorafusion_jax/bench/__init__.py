@@ -5,7 +5,7 @@ import importlib.util
 
 from lorafusion_jax.errors import ConfigError
 
-_KNOWN = ("kernels", "layer", "training", "schedule", "pipeline", "scaling", "demo")
+_KNOWN = ("kernels", "layer", "training", "schedule", "pipeline", "scaling", "demo", "sweep")
 
 
 def names() -> list[str]:

@@ -25,7 +25,6 @@ app = typer.Typer(
     name="lorafusion",
     help="Fine-tune many LoRA adapters of one frozen base model at once.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -1,4 +1,4 @@
-"""Commands about the machine and the project: init, env, bench."""
+"""Commands about the machine and the project: init, schema, env, bench."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +18,7 @@ jobs:
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command()(init)
+    app.command()(schema)
     app.command()(env)
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
@@ -67,6 +68,15 @@ def _init_demo(directory: Path, *, replace: bool) -> None:
     if replace:
         write_demo_config(directory, "gpu" if on_gpu() else "cpu")
     print(f"{'wrote' if replace else 'kept':<8} {path}\nnext     lorafusion train {path}")
+
+
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    import json
+
+    from lorafusion_jax.config.json_schema import config_schema
+
+    print(json.dumps(config_schema(), indent=2, ensure_ascii=False))
 
 
 def env() -> None:

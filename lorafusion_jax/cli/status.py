@@ -1,5 +1,6 @@
 """Commands that read a run folder and change nothing in it but figures: status, plot."""
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,15 +21,27 @@ def register(app: typer.Typer) -> None:
     app.command()(plot)
 
 
-def status(run: RunArgument) -> None:
+def status(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
     """Show how far a running or finished run is, from its files."""
+    from lorafusion_jax.cli.run_status import run_status
     from lorafusion_jax.train.run_folder import open_run
 
-    folder = open_run(run)
-    events = folder.events()
-    print(f"run      {folder.path}: {run_state(events, time.time())}")
+    folder, now = open_run(run), time.time()
+    found = run_status(folder, now)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(f"run      {folder.path}: {found['state']}, {run_state(folder.events(), now)}")
+    if found["microbatches"] is not None:
+        line = f"done     {found['microbatch']} of {found['microbatches']} microbatches"
+        if found["tokens_per_s"] is not None:
+            line += f", {found['tokens_per_s']:,.0f} tok/s"
+        print(line if found["eta_s"] is None else f"{line}, ETA {duration(found['eta_s'])}")
     headings = ("job", "step", "loss", "eval, base", "best", "last", "tok/s", "progress")
-    print_table(headings, [_row(folder, name, events) for name in folder.jobs])
+    print_table(headings, [_row(name, job) for name, job in found["jobs"].items()])
 
 
 def run_state(events: list[dict[str, Any]], now: float) -> str:
@@ -61,13 +74,21 @@ def job_line(metrics: list[dict[str, Any]], events: list[dict[str, Any]], name: 
     return line
 
 
-def _row(folder: "RunFolder", name: str, events: list[dict[str, Any]]) -> tuple[str, ...]:
-    metrics = folder.metrics(name)
-    line = job_line(metrics, events, name)
+def _row(name: str, job: dict[str, Any]) -> tuple[str, ...]:
+    line = JobLine(
+        name=name,
+        step=job["step"],
+        total=job["steps"] or 0,
+        loss=job["loss"],
+        eval_loss=job["eval_loss"],
+        tokens_per_s=job["tokens_per_s"],
+        note="" if job["status"] == "training" else job["status"],
+    )
     _, steps, loss, last, speed, progress = line.cells()
-    evals = {m["step"]: m["eval_loss"] for m in metrics if m.get("eval_loss") is not None}
-    best = min((loss for step, loss in evals.items() if step), default=None)
-    return name, steps, loss, number(evals.get(0)), number(best), last, speed, progress
+    if job["eval_step"] is not None:
+        last += f" @{job['eval_step']}"
+    losses = number(job["base_loss"]), number(job["best_loss"])
+    return name, steps, loss, *losses, last, speed, progress
 
 
 def plot(run: RunArgument) -> None:

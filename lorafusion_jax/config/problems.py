@@ -19,7 +19,6 @@ HINTS: dict[tuple[str, str], str] = {
     ("parallel", "pipeline"): "unknown key: the length of the pipeline is parallel.stage",
     ("parallel", "fsdp"): f"{_REMOVE} (parallel has data and stage)",
     ("parallel", "tensor"): f"{_REMOVE} (parallel has data and stage)",
-    ("report", "to"): f"{_REMOVE} (metrics are written as JSONL, plots and Markdown)",
     ("", "sweep"): "unknown key: a sweep belongs to a job, as jobs: [{sweep: {lora.r: [8, 32]}}]",
     ("jobs", "init_from"): 'unknown key, did you mean "lora.init_from"?',
     ("lora", "rank"): 'unknown key, did you mean "r"?',

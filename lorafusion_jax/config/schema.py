@@ -126,13 +126,18 @@ class RunTrainConfig(Section):
 
 
 class ReportConfig(Section):
-    """How often a job reports.
+    """How often a job reports, and where to beside the run's folder.
 
     Attributes:
         every: optimizer steps of a job between two lines of its metrics.
+        to: services that get the metrics too, each from an optional package; one that fails is
+            left out, and training goes on.
+        project: name under which wandb and trackio keep the run.
     """
 
     every: int = Field(default=10, ge=1)
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)] = ()
+    project: str = Field(default="lorafusion", min_length=1)
 
 
 class SourceConfig(Section):
@@ -319,7 +324,7 @@ class OptimConfig(Section):
     """The optimizer of one adapter.
 
     Attributes:
-        name: algorithm.
+        name: of the algorithm.
         lr: peak learning rate.
         schedule: of the learning rate over the job's optimizer steps; constant_with_warmup is
             transformers' name for constant with the warmup below.
@@ -535,6 +540,10 @@ class RunConfig(Section):
         base: the frozen model.
         output: folder of the run.
         seed: of initialisation, order, split and dropout, together with each job's name.
+        batching: how samples become microbatches.
+        parallel: how many devices share the work.
+        train: settings of the whole run; those of a job are in jobs and defaults.
+        report: how often jobs report, and where to.
         jobs: adapters that train together, with unique names.
     """
 

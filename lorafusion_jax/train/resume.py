@@ -152,6 +152,11 @@ class Saved:
         return () if self.change is None else tuple(self.change["added"])
 
     @property
+    def steps(self) -> dict[str, int]:
+        """Optimizer steps that each job has taken."""
+        return {name: values["step"] for name, values in self.progress.items()}
+
+    @property
     def progress(self) -> dict[str, dict[str, Any]]:
         """Progress of each job."""
         return {} if self.restored is None else self.restored.progress["jobs"]

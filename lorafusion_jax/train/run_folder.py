@@ -34,6 +34,7 @@ _CONTENTS = (
     "train.log",
     "events.jsonl",
     "jobs",
+    "tensorboard",
     "checkpoints",
     "control",
     "stacks.txt",

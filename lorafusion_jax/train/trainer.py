@@ -36,6 +36,7 @@ from lorafusion_jax.train.resume import Saved, find_saved
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule, capacity_that_fills, make_schedule, schedule_of
 from lorafusion_jax.train.signals import StopSignals
+from lorafusion_jax.train.sinks import Sinks, check_sinks
 from lorafusion_jax.train.watchdog import Watchdog
 from lorafusion_sched import to_json
 
@@ -163,6 +164,7 @@ class MultiTrainer:
             StoppedError: a signal stopped training, after a clean save.
         """
         goodput, config = Goodput(), self.config
+        check_sinks(config.report.to)
         # Whatever is wrong with the data or the targets ends the run here, with nothing written.
         jobs = [self._resolve(job, data) for job, data in self._jobs]
         folder = RunFolder(self._output)
@@ -174,8 +176,9 @@ class MultiTrainer:
                 Watchdog(config.train.watchdog, folder.path / "stacks.txt") as watchdog,
                 RunWriter(folder, config.report.every, saved.cursor) as writer,
                 BackgroundSaver(saved.checkpoints) as saver,
+                Sinks(config, folder, saved.steps, fan_out(writer, self._listener)) as sinks,
             ):
-                listener = fan_out(watchdog.alive, writer, self._listener)
+                listener = fan_out(watchdog.alive, writer, sinks, self._listener)
                 run = prepare_run(self._base, folder, schedule, saved, saver, listener, goodput)
                 planned.append(run.planned_memory)
                 run.redo_until = writer.lost

@@ -15,7 +15,7 @@ from lorafusion_jax.config import load_config
 
 COMMANDS = """
 bench check env eval export generate import init plan plot report
-status sweep train verify-checkpoint
+schema status sweep train verify-checkpoint
 """.split()
 # Wherever the packages come from (a checkout, an installation), a child finds them too.
 CHILD = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

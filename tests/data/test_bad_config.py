@@ -104,7 +104,7 @@ BROKEN = {
         f"    sweep: {{optim.lr: {list(range(1, 300))}}}\n    train",
         ["@10", "299 jobs"],
     ),
-    "tensorboard": ("output", "report: {to: [tensorboard]}\noutput", ["@2", "report.to"]),
+    "sink": ("output", "report: {to: [mlflow]}\noutput", ["@2", "report.to", "'tensorboard'"]),
     "patience": (
         "train:",
         "eval: {early_stopping_patience: 2}\n    train:",
