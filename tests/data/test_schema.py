@@ -23,7 +23,7 @@ def test_the_committed_copy_is_current():
 def test_every_key_is_described_in_the_docstring_of_its_section(model):
     described = field_descriptions(model)
     assert set(described) == set(model.model_fields)
-    assert all(len(text) > 10 for text in described.values())
+    assert all(described.values())
 
 
 def resolve(node, schema):
