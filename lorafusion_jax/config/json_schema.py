@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from lorafusion_jax.config import schema
 from lorafusion_jax.config.load import ALIASES, INHERITED
-from lorafusion_jax.config.schema import JobConfig, RunConfig, SweptConfig
+from lorafusion_jax.config.schema import RunConfig, SweptConfig
 
 _ENTRY = re.compile(r"^([a-z0-9_]+(?:, [a-z0-9_]+)*): ", re.MULTILINE)
 
@@ -27,7 +27,7 @@ def config_schema() -> dict[str, Any]:
     definitions = whole["$defs"]
     for model in sections():
         described = whole if model is RunConfig else definitions[model.__name__]
-        described["description"] = inspect.getdoc(model).partition("\n\n")[0]
+        described["description"] = (inspect.getdoc(model) or "").partition("\n\n")[0]
         described.pop("title", None)
         for name, text in field_descriptions(model).items():
             field = described["properties"][name]
@@ -82,9 +82,8 @@ def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
 
 def _add_aliases(job: dict[str, Any], definitions: dict[str, Any]) -> None:
     for section, aliases in ALIASES.items():
-        reference = JobConfig.model_fields[section].annotation
-        assert reference is not None
-        properties = definitions[reference.__name__]["properties"]
+        reference = job["properties"][section]["$ref"].rpartition("/")[2]
+        properties = definitions[reference]["properties"]
         for alias, name in aliases.items():
             properties[alias] = {**properties[name], "description": f"The same as {name}."}
 
