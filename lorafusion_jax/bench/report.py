@@ -57,6 +57,19 @@ TABLES = {
             Column("adapter_exact", "exact match, adapter", ".0%"),
         ),
     ),
+    "families": Table(
+        "Exported adapters against PEFT",
+        (
+            Column("family", "family"),
+            Column("job", "adapter"),
+            Column("largest_logit", "largest logit", ".1f"),
+            Column("our_float32_error", "our error", ".1e"),
+            Column("peft_float32_error", "PEFT's error", ".1e"),
+            Column("error_ratio", "ratio", ".2f"),
+            Column("merged_error", "merged model", ".1e"),
+            Column("uniform_error", "one rank and scale", ".1e"),
+        ),
+    ),
     "kernels": Table(
         "LoRA linears against the frozen linear",
         (
