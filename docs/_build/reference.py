@@ -30,6 +30,10 @@ What stands under `defaults:` (any of the sections of a job) holds for all jobs;
 wins. Any key can be overridden on the command line with `--set`, as in
 `--set jobs.sql.lora.r=32` or `--set batching.max_length=512`.
 Relative paths start at the folder of the file.
+
+A job may have one more section, which is no setting of it but makes several jobs of it, one for every
+combination: `sweep: {lora.r: [8, 32], optim.lr: [1.0e-4, 3.0e-4]}`. See
+[Try several settings](../howto/sweep.md).
 """
 
 _CLI_INTRO = """\

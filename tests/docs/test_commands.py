@@ -87,6 +87,7 @@ class Reader:
         return 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Qwix calls deprecated methods of flax
 @pytest.mark.parametrize("name", list(page_parameters()))
 def test_page_does_what_it_says(name, reader, capfd):
     for block in blocks_of(PAGES[name].read_text(encoding="utf-8")):
