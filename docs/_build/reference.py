@@ -36,6 +36,9 @@ combination: `sweep: {lora.r: [8, 32], optim.lr: [1.0e-4, 3.0e-4]}`. See
 [Try several settings](../howto/sweep.md).
 """
 
+# Keys that the program writes for itself.
+_OWN = ("swept",)
+
 _CLI_INTRO = """\
 # Commands
 
@@ -66,12 +69,17 @@ def sections() -> dict[str, type[Section]]:
 
     def walk(section: type[Section], place: str) -> None:
         found[place] = section
-        for name, field in section.model_fields.items():
+        for name, field in shown(section).items():
             for kind in _section_types(field.annotation):
                 walk(kind, f"{place}.{name}".lstrip("."))
 
     walk(schema.RunConfig, "")
     return found
+
+
+def shown(section: type[Section]) -> dict[str, FieldInfo]:
+    """Returns the keys that a user may write."""
+    return {k: v for k, v in section.model_fields.items() if k not in _OWN}
 
 
 def _section_types(annotation: Any) -> list[type[Section]]:
@@ -88,7 +96,7 @@ def config_page() -> str:
         parts.append(f"## {heading(place)}\n\n{intro}\n")
         described = attributes_of(section)
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for name, field in section.model_fields.items():
+        for name, field in shown(section).items():
             meaning = described.get(name) or _below(field)
             cells = (f"`{name}`", type_text(field), default_text(field), meaning)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -143,7 +151,7 @@ def _annotation(annotation: Any) -> str:
         return "list of " + " or ".join(dict.fromkeys(_annotation(p) for p in parts if p is not ...))
     if origin is dict:
         return f"mapping of {_annotation(parts[0])} to {_annotation(parts[1])}"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    names = {Any: "anything", str: "text", int: "whole number", float: "number", bool: "true or false"}
     return "null" if annotation is type(None) else names.get(annotation, str(annotation))
 
 
@@ -163,16 +171,27 @@ def default_text(field: FieldInfo) -> str:
     return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value}`"
 
 
-def cli_page() -> str:
-    """Returns the command reference as Markdown."""
+def commands() -> dict[str, Any]:
+    """Returns every command by its words, such as `jobs add`."""
     from lorafusion_jax.cli import app
 
-    group = typer.main.get_command(app)
-    commands = getattr(group, "commands")  # noqa: B009  (a click group, or a typer's own)
+    found: dict[str, Any] = {}
+
+    def walk(group: Any, words: str) -> None:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                walk(command, f"{words}{name} ")
+            elif not command.hidden:
+                found[f"{words}{name}"] = command
+
+    walk(typer.main.get_command(app), "")
+    return found
+
+
+def cli_page() -> str:
+    """Returns the command reference as Markdown."""
     parts = [_CLI_INTRO]
-    for name, command in commands.items():
-        if getattr(command, "hidden", False):
-            continue
+    for name, command in commands().items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
         usage = " ".join(
