@@ -43,7 +43,14 @@ def row_keys(
     sample: Int[Array, " T"],
     position: Int[Array, " T"],
 ) -> UInt32[Array, " T"]:
-    """Returns the dropout identity of each token; never 0, which marks padding rows."""
+    """Returns the dropout identity of each token; never 0, which marks padding rows.
+
+    >>> import jax.numpy as jnp
+    >>> zeros, position = jnp.zeros(3, jnp.int32), jnp.arange(3)
+    >>> keys = row_keys(jnp.full(3, 7, jnp.uint32), zeros, zeros, position)
+    >>> len(set(keys.tolist()))
+    3
+    """
     h = job_seed.astype(jnp.uint32)
     for value in (epoch, sample, position):
         h = lowbias32(h ^ value.astype(jnp.uint32))

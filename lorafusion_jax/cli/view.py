@@ -52,7 +52,11 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats seconds as m:ss or h:mm:ss."""
+    """Formats seconds as m:ss or h:mm:ss.
+
+    >>> duration(75), duration(3675)
+    ('1:15', '1:01:15')
+    """
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -81,7 +81,11 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """What the adapter's output is multiplied by, where no pattern says otherwise."""
+        """What the adapter's output is multiplied by, where no pattern says otherwise.
+
+        >>> LoraSpec(r=16, alpha=32).scale, LoraSpec(r=16, alpha=32, use_rslora=True).scale
+        (2.0, 8.0)
+        """
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def rank_of(self, path: str) -> int:

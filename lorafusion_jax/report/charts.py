@@ -46,7 +46,11 @@ class _Frame(NamedTuple):
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Returns at most `most` + 1 round numbers (1, 2 or 5 times a power of ten) in a range."""
+    """Returns at most `most` + 1 round numbers (1, 2 or 5 times a power of ten) in a range.
+
+    >>> ticks(0.9, 3.1)
+    [1.0, 1.5, 2.0, 2.5, 3.0]
+    """
     if not high > low:
         return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / most))

@@ -162,6 +162,9 @@ def distance_of(clock: Clock, stages: int) -> int:
     Args:
         clock: how stages take turns, see `Problem`.
         stages: pipeline stages.
+
+    >>> [distance_of(clock, 4) for clock in ("1f1b", "bfh", "fbh")]
+    [4, 7, 8]
     """
     return {"1f1b": stages, "bfh": 2 * stages - 1, "fbh": 2 * stages}[clock]
 
@@ -214,14 +217,23 @@ class Plan:
 
 
 def padded(tokens: int, tile: int) -> int:
-    """Returns `tokens` rounded up to a multiple of `tile`."""
+    """Returns `tokens` rounded up to a multiple of `tile`.
+
+    >>> padded(129, 128)
+    256
+    """
     return -(-tokens // tile) * tile
 
 
 def job_from_lengths(
     name: str, lengths: list[int], *, global_batch_size: int, epochs: int = 1
 ) -> Job:
-    """Returns a job that walks over `lengths` `epochs` times, in order."""
+    """Returns a job that walks over `lengths` `epochs` times, in order.
+
+    >>> job = job_from_lengths("sql", [30, 20, 50], global_batch_size=2, epochs=2)
+    >>> [[sample.length for sample in batch] for batch in job.batches]
+    [[30, 20], [50], [30, 20], [50]]
+    """
     batches: list[tuple[Sample, ...]] = []
     for epoch in range(epochs):
         samples = [Sample(epoch, index, length) for index, length in enumerate(lengths)]
