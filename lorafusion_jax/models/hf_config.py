@@ -211,7 +211,7 @@ FAMILIES: Mapping[str, _Family] = {
     "gemma2": _Family(
         "Gemma2ForCausalLM",
         _gemma2,
-        _GEMMA,
+        _GEMMA | {"sliding_window_size"},  # an older name that transformers does not read either
         {
             **_GEMMA_DEFAULTS,
             "attn_logit_softcapping": 50.0,

@@ -63,6 +63,14 @@ def test_logits_equal_transformers(name, dtype, tmp_path):
     assert_golden(logits_of(base, name), name, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(tiny_families.CONFIGS))
+def test_logits_on_a_gpu(name, tmp_path):
+    assert jax.default_backend() == "gpu"
+    base = load_base(write_family(tmp_path, name), "bfloat16")
+    assert_golden(logits_of(base, name), name, "bfloat16")
+
+
 def altered(base: Base, **features) -> Base:
     """The same weights in a model of other features."""
     config = dataclasses.replace(base.config, **features)

@@ -78,7 +78,7 @@ REAL = {
     "Qwen2.5": ("qwen2", {"use_mrope": False, "max_window_layers": 28, "sliding_window": 32768,
                           "use_sliding_window": False, "attention_dropout": 0.0}),
     "gemma-2": ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid",
-                           "pad_token_id": 0, "initializer_range": 0.02, "_name_or_path": "x"}),
+                           "sliding_window_size": 4096, "_name_or_path": "x"}),
     "gemma-3": ("gemma3_text", {"_sliding_window_pattern": 6, "use_bidirectional_attention": False,
                                 "attn_logit_softcapping": None, "dtype": "bfloat16"}),
 }  # fmt: skip
