@@ -16,6 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorafusion_jax.config import DataConfig as DataConfig
+    from lorafusion_jax.config import EarlyStoppingConfig as EarlyStoppingConfig
     from lorafusion_jax.config import EvalConfig as EvalConfig
     from lorafusion_jax.config import LoraConfig as LoraConfig
     from lorafusion_jax.config import RunConfig as RunConfig
@@ -45,6 +47,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "lorafusion_jax.config": (
+        "DataConfig",
+        "EarlyStoppingConfig",
         "EvalConfig",
         "LoraConfig",
         "RunConfig",

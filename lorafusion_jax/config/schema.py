@@ -557,6 +557,17 @@ class RunConfig(Section):
     report: ReportConfig = ReportConfig()
     jobs: Annotated[tuple[JobConfig, ...], Field(strict=False, min_length=1)]
 
+    @model_validator(mode="after")
+    def _patterns_need_one_device(self) -> Self:
+        several = self.parallel.data * self.parallel.stage > 1
+        for job in self.jobs:
+            if several and (job.lora.rank_pattern or job.lora.alpha_pattern):
+                raise ValueError(
+                    f"job {job.name}: rank_pattern and alpha_pattern are not supported on several "
+                    "devices: remove them, or set parallel to one device"
+                )
+        return self
+
 
 def _data_path(path: str) -> str:
     if "://" in path.removeprefix(HUB):

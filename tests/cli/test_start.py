@@ -14,7 +14,7 @@ from lorafusion_jax.cli import status
 from lorafusion_jax.config import load_config
 
 COMMANDS = """
-bench check env eval export generate import init plan plot report
+bench check env eval export generate import init jobs plan plot report
 schema status sweep train verify-checkpoint
 """.split()
 # Wherever the packages come from (a checkout, an installation), a child finds them too.

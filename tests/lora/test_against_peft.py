@@ -95,7 +95,8 @@ def _trained(base, spec):
         path: (linears[path].in_features, linears[path].out_features)
         for path in target_paths(base.model, spec)
     }
-    adapter = read_slot(write_slot(empty_bank(shapes, 1, spec.r), 0, spec, 5), 0)
+    bank = empty_bank(shapes, 1, spec.max_rank(shapes))
+    adapter = read_slot(write_slot(bank, 0, spec, 5, list(shapes)), 0)
     normal = np.random.RandomState(1).standard_normal
     return {
         path: (np.asarray(a), (0.1 * normal(b.shape)).astype(np.float32))
@@ -104,7 +105,7 @@ def _trained(base, spec):
 
 
 def _our_logits(base, spec, adapter, tokens):
-    bank = attach_adapters(base.model, list(adapter), 2, spec.r)
+    bank = attach_adapters(base.model, list(adapter), 2, spec.max_rank(adapter))
     bank = put_slot(bank, 1, spec, adapter)
     model = merge_adapters(*split_adapters(base.model), bank)
     length = len(tokens)
@@ -120,6 +121,13 @@ SPECS = {
     "rslora": LoraSpec(r=8, alpha=3, use_rslora=True, target_modules=("q_proj", "down_proj")),
     "regex": LoraSpec(r=2, alpha=2, target_modules=r"model\.layers\.1\..*_proj"),
     "exclude": LoraSpec(r=1, alpha=4, exclude_modules=r".*layers\.0\.mlp.*"),
+    "patterns": LoraSpec(
+        r=4,
+        alpha=8,
+        layers_to_transform=(1,),
+        rank_pattern={"q_proj": 2, "gate_proj": 8},
+        alpha_pattern={"o_proj": 3.5, "up_proj": 20},
+    ),
 }
 
 
