@@ -34,12 +34,16 @@ from jax.experimental.pallas.mosaic_gpu import wgmma as wgmma
 from jax.experimental.pallas.mosaic_gpu import wgmma_wait as wgmma_wait
 
 MEMORY_WARPGROUP = 2
+HOPPER = (9, 0)
+MMA_ACCUMULATOR = Layout.MMA_ACC(jnp.bfloat16)  # register layout of `mma`; the same for float16
 CLUSTER = "block_of_cluster"
 SMEM_BYTES = 232_448  # what one block may use on sm_90
 _MEMORY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 _H100_SMS = 132
 _interpreting = contextvars.ContextVar("interpreting", default=False)
-_lowering = contextvars.ContextVar("lowering", default=False)
+_lowering: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "lowering", default=None
+)
 
 
 @contextlib.contextmanager
@@ -59,22 +63,30 @@ def interpreting() -> bool:
 
 
 @contextlib.contextmanager
-def lower_for_hopper():
-    """Traces kernels inside for an H100, to be lowered on a machine without one."""
-    token = _lowering.set(True)
+def lower_for(capability: tuple[int, int]):
+    """Traces kernels inside for a GPU of this compute capability, on a machine without one."""
+    token = _lowering.set(capability)
     try:
         yield
     finally:
         _lowering.reset(token)
 
 
+def capability() -> tuple[int, int] | None:
+    """Compute capability that kernels traced now run on; that of Hopper if interpreted."""
+    if _lowering.get() is not None:
+        return _lowering.get()
+    if interpreting():
+        return HOPPER
+    if jax.default_backend() != "gpu":
+        return None
+    major, _, minor = getattr(jax.devices()[0], "compute_capability", "").partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
+
+
 def targets_hopper() -> bool:
     """Whether kernels traced now run on compute capability 9.0, or are interpreted as if."""
-    if interpreting() or _lowering.get():
-        return True
-    if jax.default_backend() != "gpu":
-        return False
-    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+    return capability() == HOPPER
 
 
 def num_sms() -> int:
@@ -248,6 +260,55 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
     )
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    """Returns zeros in the register layout that `mma` accumulates in."""
+    return layout_cast(jnp.zeros(shape, jnp.float32), MMA_ACCUMULATOR)
+
+
+def mma(accumulator: jax.Array, left_ref, right_ref) -> jax.Array:
+    """Adds a product of two matrices in memory, by instructions that all tensor cores have."""
+    dtype = left_ref.dtype
+    left = load(left_ref, layout=Layout.MMA_LHS(dtype))
+    right = load(right_ref, layout=Layout.MMA_RHS(dtype))
+    if interpreting():  # the interpreter lacks the instruction
+        return accumulator + jnp.matmul(left, right, preferred_element_type=jnp.float32)
+    return plgpu.mma(accumulator, left, right)
+
+
+def load_mma_columns(vector_ref, first_column, shape: tuple[int, int]) -> jax.Array:
+    """Loads a vector over the columns of `mma`'s layout and spreads it over the rows."""
+    vector = load(
+        vector_ref.at[pl.ds(first_column, shape[1])],
+        layout=MMA_ACCUMULATOR.reduce(0),
+        optimized=False,
+    )
+    return lax.broadcast_in_dim(vector, shape, (1,))
+
+
+def pipeline(step: Callable, *, steps: int, stages: int, inputs: Sequence[tuple], carry):
+    """Runs `step(index, *tiles, carry)` over tiles that are copied to SMEM ahead of it.
+
+    Args:
+        step: returns the next carry.
+        steps: how many.
+        stages: tiles in flight.
+        inputs: for each a ref in memory, the shape of its tiles, and the tile of a step.
+        carry: what the first step gets.
+    """
+    specs = [
+        plgpu.BlockSpec(shape, tile, transforms=swizzled(shape[-1], ref.dtype))
+        for ref, shape, tile in inputs
+    ]
+
+    def body(index, *rest):
+        return step(index, *rest)
+
+    run = plgpu.emit_pipeline(
+        body, grid=(steps,), in_specs=specs, max_concurrent_steps=stages, init_carry=carry
+    )
+    return run(*(ref for ref, _, _ in inputs))
 
 
 def accumulators(shapes: Sequence[tuple[int, ...]]) -> list:

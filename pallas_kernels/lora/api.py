@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.dropout import MIN_RATE
-from pallas_kernels.lora import mosaic_gpu, spec
+from pallas_kernels.lora import mosaic_gpu, portable, spec
 from pallas_kernels.lora.spec import Outputs, Routing, Smalls, Stacks, Weights
 
-type Implementation = Literal["mosaic_gpu", "xla"]
+type Implementation = Literal["mosaic_gpu", "mosaic_gpu_portable", "xla"]
 type Biases = tuple[Float[Array, " _"] | None, ...]
 
 
@@ -28,8 +28,10 @@ class _Backend(NamedTuple):
 
 _BACKENDS: dict[str, _Backend] = {
     "mosaic_gpu": _Backend(mosaic_gpu.forward, mosaic_gpu.backward),
+    "mosaic_gpu_portable": _Backend(portable.forward, portable.backward),
     "xla": _Backend(spec.forward, spec.backward),
 }
+# The portable kernels only when asked for: nobody has measured them yet.
 _DEFAULT_ORDER: tuple[str, ...] = ("mosaic_gpu", "xla")
 
 
@@ -114,7 +116,8 @@ def fused_multi_lora(
             row, which contributes exactly nothing even if it holds NaN.
         site: 8 * layer + input group; tells the masks of different inputs apart.
         biases: frozen bias of each projection, or None.
-        implementation: "mosaic_gpu", "xla", or None for the first one that can.
+        implementation: "mosaic_gpu" (H100, H200), "mosaic_gpu_portable" (their tensor cores and
+            others', unmeasured), "xla", or None for the first of "mosaic_gpu" and "xla" that can.
 
     Returns:
         One [T, out_i] array per projection, in x's dtype.

@@ -17,7 +17,7 @@ _GROUP = 64  # columns that share 16 hashes, one byte each
 
 
 class RowMask(NamedTuple):
-    """What the mask needs per row, as vectors in the rows of the wgmma layout.
+    """What the mask needs per row, as vectors in the rows of a register layout.
 
     Attributes:
         start: row key plus mixed site.
@@ -30,9 +30,9 @@ class RowMask(NamedTuple):
     threshold: jax.Array
 
 
-def load_keys(key_ref) -> jax.Array:
-    """Loads the keys of some rows as a vector over the rows of the wgmma layout."""
-    return mgpu.load(key_ref, layout=mgpu.Layout.WGMMA.reduce(1), optimized=False)
+def load_keys(key_ref, layout=mgpu.Layout.WGMMA) -> jax.Array:
+    """Loads the keys of some rows as a vector over the rows of a register layout."""
+    return mgpu.load(key_ref, layout=layout.reduce(1), optimized=False)
 
 
 def row_mask(keys: jax.Array, site, threshold) -> RowMask:
@@ -51,11 +51,11 @@ def _columns(vector: jax.Array, columns: int) -> jax.Array:
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), (0,))
 
 
-def _hash_bytes(mask: RowMask, first_column, columns: int):
+def _hash_bytes(mask: RowMask, first_column, columns: int, layout=mgpu.Layout.WGMMA):
     """Yields for each group of 64 columns the compared tops of its four bytes, [rows, 16] each."""
     rows = mask.start.shape[0]
     start, live = (_columns(vector, 16) for vector in (mask.start, mask.live))
-    lanes = mgpu.broadcasted_iota(jnp.uint32, (rows, 16), 1, layout=mgpu.Layout.WGMMA)
+    lanes = mgpu.broadcasted_iota(jnp.uint32, (rows, 16), 1, layout=layout)
     first = lax.convert_element_type(first_column, jnp.uint32) // jnp.uint32(4)
     counter = (lanes + first) * jnp.uint32(_GOLDEN)
     for group in range(columns // _GROUP):
@@ -73,16 +73,17 @@ def _select(keeps, value: jax.Array) -> jax.Array:
     return lax.concatenate(pieces, 1)
 
 
-def drop(value: jax.Array, mask: RowMask, first_column) -> jax.Array:
+def drop(value: jax.Array, mask: RowMask, first_column, layout=mgpu.Layout.WGMMA) -> jax.Array:
     """Zeroes the dropped elements and the padding rows of a [rows, columns] value.
 
     Args:
-        value: in the wgmma layout; a multiple of 64 columns.
+        value: in the register layout given; a multiple of 64 columns.
         mask: of its rows.
         first_column: column of the masked input that value starts at, a multiple of 64.
+        layout: of value.
     """
     threshold = _columns(mask.threshold, 16)
-    groups = _hash_bytes(mask, first_column, value.shape[1])
+    groups = _hash_bytes(mask, first_column, value.shape[1], layout)
     return _select((top >= threshold for tops in groups for top in tops), value)
 
 

@@ -95,6 +95,20 @@ def _sum_by_slot(
     return jnp.sum(jnp.where(mine[:, :, None, None], per_tile[None], 0.0), axis=1)
 
 
+def down(x: Float[Array, "T K"], a: Stacks, routing: Routing) -> Smalls:
+    """Returns S of each projection in X's dtype."""
+    acc = _accumulator_dtype(x.dtype)
+    dropped = _tiles(_dropped(x, routing), routing.tile_adapter.shape[0])
+    scale = _row_values(routing, routing.scale)[:, None].astype(acc)
+    ss = (
+        jnp.einsum(
+            "tpk,trk->tpr", dropped, _of_tile(a_i, routing, x.dtype), preferred_element_type=acc
+        )
+        for a_i in a
+    )
+    return tuple((s.reshape(-1, s.shape[2]) * scale).astype(x.dtype) for s in ss)
+
+
 def forward(
     x: Float[Array, "T K"],
     ws: Weights,
@@ -104,19 +118,11 @@ def forward(
     routing: Routing,
 ) -> tuple[Outputs, Smalls]:
     """Returns the outputs and the small S of each projection, [T, R] in X's dtype."""
-    acc = _accumulator_dtype(x.dtype)
-    num_tiles = routing.tile_adapter.shape[0]
-    dropped = _tiles(_dropped(x, routing), num_tiles)
-    scale = _row_values(routing, routing.scale)[:, None].astype(acc)
-    ys, ss = [], []
-    for w, a_i, b_i, bias in zip(ws, a, b, biases, strict=True):
-        s = jnp.einsum(
-            "tpk,trk->tpr", dropped, _of_tile(a_i, routing, x.dtype), preferred_element_type=acc
-        )
-        s = (s.reshape(-1, a_i.shape[1]) * scale).astype(x.dtype)
+    acc, ys, ss = _accumulator_dtype(x.dtype), [], down(x, a, routing)
+    for w, s, b_i, bias in zip(ws, ss, b, biases, strict=True):
         up = jnp.einsum(
             "tpr,trn->tpn",
-            _tiles(s, num_tiles),
+            _tiles(s, routing.tile_adapter.shape[0]),
             _of_tile(b_i, routing, x.dtype),
             preferred_element_type=acc,
         )
@@ -124,8 +130,31 @@ def forward(
         if bias is not None:
             y = y + bias.astype(acc)
         ys.append(y.astype(x.dtype))
-        ss.append(s)
-    return tuple(ys), tuple(ss)
+    return tuple(ys), ss
+
+
+def adapter_gradients(
+    x: Float[Array, "T K"], a: Stacks, b: Stacks, ss: Smalls, routing: Routing, dys: Outputs
+) -> tuple[Smalls, Stacks, Stacks]:
+    """Returns dS of each projection in X's dtype, and dA and dB in the dtypes of A and B."""
+    acc = _accumulator_dtype(x.dtype)
+    num_tiles, num_slots = routing.tile_adapter.shape[0], routing.scale.shape[0]
+    scale = _row_values(routing, routing.scale)[:, None].astype(acc)
+    live = _live_rows(routing)
+    dropped = _tiles(_dropped(x, routing), num_tiles)
+    dss, das, dbs = [], [], []
+    for a_i, b_i, s, dy in zip(a, b, ss, dys, strict=True):
+        dy_tiles = _tiles(jnp.where(live, dy, jnp.zeros((), dy.dtype)), num_tiles)
+        ds = jnp.einsum(
+            "tpn,trn->tpr", dy_tiles, _of_tile(b_i, routing, x.dtype), preferred_element_type=acc
+        )
+        ds = (ds.reshape(s.shape) * scale).astype(x.dtype)
+        db = jnp.einsum("tpr,tpn->trn", _tiles(s, num_tiles), dy_tiles, preferred_element_type=acc)
+        da = jnp.einsum("tpr,tpk->trk", _tiles(ds, num_tiles), dropped, preferred_element_type=acc)
+        dss.append(ds)
+        das.append(_sum_by_slot(da, routing, num_slots).astype(a_i.dtype))
+        dbs.append(_sum_by_slot(db, routing, num_slots).astype(b_i.dtype))
+    return tuple(dss), tuple(das), tuple(dbs)
 
 
 def backward(
@@ -138,33 +167,23 @@ def backward(
     dys: Outputs,
 ) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
     """Returns dX in X's dtype, and dA and dB in the dtypes of A and B."""
-    acc = _accumulator_dtype(x.dtype)
-    num_tiles, num_slots = routing.tile_adapter.shape[0], routing.scale.shape[0]
-    rate = _row_values(routing, routing.rate)
-    scale = _row_values(routing, routing.scale)[:, None].astype(acc)
-    live = _live_rows(routing)
-    dropped = _tiles(_dropped(x, routing), num_tiles)
+    acc, num_tiles = _accumulator_dtype(x.dtype), routing.tile_adapter.shape[0]
+    dss, das, dbs = adapter_gradients(x, a, b, ss, routing, dys)
     dx = jnp.zeros(x.shape, acc)
     dx_lora = jnp.zeros(x.shape, acc)
-    das, dbs = [], []
-    for w, a_i, b_i, s, dy in zip(ws, a, b, ss, dys, strict=True):
-        dy_tiles = _tiles(jnp.where(live, dy, jnp.zeros((), dy.dtype)), num_tiles)
-        ds = jnp.einsum(
-            "tpn,trn->tpr", dy_tiles, _of_tile(b_i, routing, x.dtype), preferred_element_type=acc
-        )
-        ds = _tiles((ds.reshape(s.shape) * scale).astype(x.dtype), num_tiles)
-        db = jnp.einsum("tpr,tpn->trn", _tiles(s, num_tiles), dy_tiles, preferred_element_type=acc)
-        da = jnp.einsum("tpr,tpk->trk", ds, dropped, preferred_element_type=acc)
-        das.append(_sum_by_slot(da, routing, num_slots).astype(a_i.dtype))
-        dbs.append(_sum_by_slot(db, routing, num_slots).astype(b_i.dtype))
+    for w, a_i, ds, dy in zip(ws, a, dss, dys, strict=True):
         dx_i = jnp.einsum(
-            "tpr,trk->tpk", ds, _of_tile(a_i, routing, x.dtype), preferred_element_type=acc
+            "tpr,trk->tpk",
+            _tiles(ds, num_tiles),
+            _of_tile(a_i, routing, x.dtype),
+            preferred_element_type=acc,
         )
         dx_lora = dx_lora + dx_i.reshape(x.shape)
         dx = dx + jnp.matmul(dy, w.T, preferred_element_type=acc)
-    kept = keep_mask(routing.row_key, routing.site, rate, x.shape[1]) & live
+    rate = _row_values(routing, routing.rate)
+    kept = keep_mask(routing.row_key, routing.site, rate, x.shape[1]) & _live_rows(routing)
     dx = dx + jnp.where(kept, dx_lora * keep_scale(rate)[:, None].astype(acc), 0.0)
-    return dx.astype(x.dtype), tuple(das), tuple(dbs)
+    return dx.astype(x.dtype), das, dbs
 
 
 def rows_per_tile(num_rows: int, num_tiles: int) -> int:
@@ -183,7 +202,9 @@ __all__ = [
     "Smalls",
     "Stacks",
     "Weights",
+    "adapter_gradients",
     "backward",
+    "down",
     "forward",
     "rows_per_tile",
 ]

@@ -1,10 +1,13 @@
 """The programs that ship, as functions and abstract arguments, to be compiled for a GPU."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
 
-from pallas_kernels import tables
-from pallas_kernels.lora import mosaic_gpu
+from pallas_kernels import _mgpu, tables
+from pallas_kernels.lora import mosaic_gpu, portable
 from pallas_kernels.lora.spec import Routing
 from pallas_kernels.tuning import Shape, candidates
 
@@ -64,18 +67,47 @@ def _with_sizes(sizes):
     return program
 
 
+def portable_both(x, ws, a, b, ss, routing, dys):
+    """Forward and backward of the portable kernels."""
+    biases = tuple(jnp.zeros(w.shape[1], x.dtype) for w in ws)
+    return (
+        portable.forward(x, ws, a, b, biases, routing),
+        portable.backward(x, ws, a, b, ss, routing, dys),
+    )
+
+
+@contextlib.contextmanager
+def lowering_for(capability: tuple[int, int]):
+    """Makes Mosaic, and our dispatch, compile for a GPU that is not here."""
+    inferred = mosaic_utils._infer_arch
+    other = capability != _mgpu.HOPPER
+    if other:
+        jax.clear_caches()  # they know nothing of the capability
+    mosaic_utils._infer_arch = lambda: capability
+    try:
+        with _mgpu.lower_for(capability):
+            yield
+    finally:
+        mosaic_utils._infer_arch = inferred
+        if other:
+            jax.clear_caches()
+
+
 def programs() -> dict[str, tuple]:
-    """Function and arguments of every program, by name."""
-    found = {name: (both, arguments(*case)) for name, case in CASES.items()}
-    found["float16"] = (both, arguments(256, 512, (256,), 16, 2, dtype=jnp.float16))
-    found["atomic"] = (with_atomics, arguments(*CASES["grouped, rank 24"]))
+    """Compute capability, function and arguments of every program, by name."""
+    hopper = _mgpu.HOPPER
+    found = {name: (hopper, both, arguments(*case)) for name, case in CASES.items()}
+    found["float16"] = (hopper, both, arguments(256, 512, (256,), 16, 2, dtype=jnp.float16))
+    found["atomic"] = (hopper, with_atomics, arguments(*CASES["grouped, rank 24"]))
     case = (1024, 512, (512,), 16, 2)
     shape = Shape(1024, 512, (512,), 16)
     forward, backward = candidates("base_up", shape), candidates("dx", shape)
     for index, dx in enumerate(backward):
         base_up = forward[min(index, len(forward) - 1)]
-        found[f"candidates {index}"] = (
-            _with_sizes({"base_up": base_up, "dx": dx}),
-            arguments(*case),
-        )
+        program = _with_sizes({"base_up": base_up, "dx": dx})
+        found[f"candidates {index}"] = (hopper, program, arguments(*case))
+    for capability in portable.CAPABILITIES:
+        name = "portable {}.{}".format(*capability)
+        found[name] = (capability, portable_both, arguments(1024, 512, (512, 192), 16, 2))
+        found[f"{name}, rank 200"] = (capability, portable_both, arguments(128, 256, (64,), 200, 2))
     return found

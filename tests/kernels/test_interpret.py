@@ -14,13 +14,13 @@ _PRELUDE = """
     import jax, jax.numpy as jnp, numpy as np
     from pallas_kernels import _mgpu, tables
     from pallas_kernels.tuning import GemmTiles
-    from pallas_kernels.lora import mosaic_gpu, spec
+    from pallas_kernels.lora import mosaic_gpu, portable, spec
     from tests.kernels.oracle import errors, make_problem, run, truth
 
-    def check(races=True, sizes={}, **shape):
+    def check(races=True, sizes={}, backend=mosaic_gpu, **shape):
         p = make_problem(**{"dtype": jnp.bfloat16, "tile_rows": 128} | shape)
         with _mgpu.interpret(detect_races=races), tables.using(**sizes):
-            ours = run(mosaic_gpu, p)
+            ours = run(backend, p)
         want, worst = truth(p), 0.0
         reference = errors(run(spec, p), want)
         for name, error in errors(ours, want).items():
@@ -79,6 +79,16 @@ def test_variants_of_the_products(sizes):
         check(
             sizes=dict(base_up=tiles, dx=tiles), tiles=(0, -1, 1), k=320, ns=(320,), rank=8,
             rates=(0.25, 0.0), scales=(2.0, 0.5), padding=(3, 300),
+        )
+    """)
+
+
+@pytest.mark.slow
+def test_portable_products():
+    _passes("""
+        check(
+            backend=portable, tiles=(0, -1, 1), k=128, ns=(64, 128), rank=8, rates=(0.25, 0.0),
+            scales=(2.0, 0.5), padding=(3, 300), biased=True,
         )
     """)
 

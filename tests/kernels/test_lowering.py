@@ -10,12 +10,21 @@ from tests.kernels import shipped
 from tests.kernels.shipped import S, arguments, both
 
 PROGRAMS = shipped.programs()
-QUICK = ("single", "grouped, rank 24", "few rows", "ragged rows", "candidates 12")
+QUICK = (
+    "single",
+    "grouped, rank 24",
+    "few rows",
+    "ragged rows",
+    "candidates 12",
+    "portable 8.6",
+    "portable 10.0, rank 200",
+)
+PORTABLE = ("lora_portable_base_up", "lora_portable_dx")
 KERNELS = ("lora_down", "lora_base_up", "lora_grad_up", "lora_grad_down", "lora_dx")
 
 
-def _lower(function, operands):
-    with _mgpu.lower_for_hopper():
+def _lower(function, operands, capability=_mgpu.HOPPER):
+    with shipped.lowering_for(capability):
         traced = jax.jit(lambda *a: function(*a)).trace(*operands)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -26,8 +35,9 @@ def _lower(function, operands):
 )
 @pytest.mark.scenario("D10")
 def test_lowers_for_hopper(name):
-    text = _lower(*PROGRAMS[name])
-    assert all(kernel in text for kernel in KERNELS)
+    capability, function, operands = PROGRAMS[name]
+    text = _lower(function, operands, capability)
+    assert all(kernel in text for kernel in (PORTABLE if "portable" in name else KERNELS))
 
 
 @pytest.mark.parametrize(
