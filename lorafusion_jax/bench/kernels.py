@@ -1,12 +1,18 @@
 """Benchmarks the fused LoRA linear against the frozen one and XLA's best, in one process.
 
     lorafusion bench kernels [--quick] [--kernels] [--output docs/results/h100]
+    lorafusion bench kernels --variants --quick --shape 0       variants of the products, sustained
+    lorafusion bench kernels --tune TABLE.json --shape 0        every kernel's candidates, alone
 
 Every ratio is over the frozen linear (X W and dY W^T) of the same run; calls take turns.
+--peft-baseline adds rows that a PEFT benchmark wrote on the same GPU, over its own frozen linear.
 """
 
 import argparse
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorafusion_jax.errors import ConfigError
@@ -31,6 +37,11 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--passes", default="fwd,bwd,fwdbwd")
     parser.add_argument("--shape", type=int, default=None, help="index of the only shape to run")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variants", action="store_true", help="compare variants of the products")
+    parser.add_argument("--tune", type=Path, default=None, metavar="TABLE", help="table to write")
+    parser.add_argument("--table", type=Path, default=None, help="table of tile sizes to use")
+    parser.add_argument("--graphs", action="store_true", help="let XLA make CUDA graphs")
+    parser.add_argument("--peft-baseline", type=Path, default=None, help="JSON to take rows from")
     parser.add_argument("--output", type=Path, default=None, help="folder for kernels.json")
     return parser.parse_args(arguments)
 
@@ -78,49 +89,145 @@ def measure(case, names: list[str], wanted: list[str], rounds: int) -> list[dict
         times = sustained(calls, rounds=rounds)
         for name, ms in times.items():
             work = flops * (2 if which == "fwdbwd" else 1)
-            rows.append({
-                "tokens": case.tokens, "k": case.k, "n": _label(case.ns), "r": case.r,
-                "p": case.p, "adapters": case.adapters, "impl": name, "pass": which,
-                "ms": round(ms, 4), "ratio_to_frozen": round(ms / times["frozen"], 4),
+            rows.append(_where(case) | {
+                "impl": name, "pass": which, "ms": round(ms, 4),
+                "ratio_to_frozen": round(ms / times["frozen"], 4),
                 "frozen_tflops": round(work / times["frozen"] / 1e9, 1),
             })  # fmt: skip
     return rows
 
 
-def _print_kernels(case) -> None:
+def _where(case) -> dict:
+    return {
+        "tokens": case.tokens, "k": case.k, "n": _label(case.ns), "r": case.r, "p": case.p,
+        "adapters": case.adapters,
+    }  # fmt: skip
+
+
+def _kernels(case) -> list[dict]:
+    """Prints the time of every kernel; returns a row for each of ours."""
     from lorafusion_jax.bench.linears import make_operands, passes
+    from lorafusion_jax.bench.roofline import kernel_rows
     from lorafusion_jax.bench.timing import kernel_times
 
-    operands = make_operands(case, 0)
+    operands, times = make_operands(case, 0), []
     for name in ("frozen", "ours"):
         times = kernel_times(passes(name)["fwdbwd"], (operands,))
         print(f"  {name}: {sum(time for _, time in times):.1f} us", flush=True)
         print("   ", "  ".join(f"{kernel[:28]} {time:.1f}" for kernel, time in times), flush=True)
+    rows = kernel_rows(case, times)
+    for row in rows:
+        print(f"    {row['impl']:<18} {100 * row['share_of_roofline']:.1f}% of the roofline")
+    return [_where(case) | row for row in rows]
+
+
+def _compare_variants(case, rounds: int) -> list[dict]:
+    """Returns a row for the frozen linear, ours as shipped, and each variant."""
+    from lorafusion_jax.bench.kernel_variants import variant_calls
+    from lorafusion_jax.bench.linears import make_operands
+    from lorafusion_jax.bench.timing import sustained
+
+    sets = [make_operands(case, seed) for seed in range(3)]
+    calls = _calls(["frozen", "ours"], ["fwdbwd"], sets)["fwdbwd"] | variant_calls(sets)
+    times = sustained(calls, rounds=rounds)
+    return [
+        _where(case) | {
+            "impl": name, "pass": "fwdbwd", "ms": round(ms, 4),
+            "ratio_to_frozen": round(ms / times["frozen"], 4),
+        }
+        for name, ms in times.items()
+    ]  # fmt: skip
+
+
+_PEFT_NAMES = {"peft": "peft", "compile": "peft_compile"}
+
+
+def peft_rows(path: Path) -> list[dict]:
+    """Reads the rows of PEFT, plain and under torch.compile, from a baseline's JSON.
+
+    Args:
+        path: a list of {"case": [tokens, k, n, r, p], "methods": {name: {pass: ms}}}.
+
+    Raises:
+        ConfigError: the file is not that.
+    """
+    rows = []
+    try:
+        for record in json.loads(path.read_text()):
+            tokens, k, n, r, p = record["case"]
+            frozen = record["methods"]["frozen"]
+            for theirs, ours in _PEFT_NAMES.items():
+                times = record["methods"].get(theirs, {})
+                for which in ("fwd", "bwd", "fwdbwd"):
+                    if which in times:
+                        rows.append({
+                            "tokens": tokens, "k": k, "n": n, "r": r, "p": p, "adapters": 1,
+                            "impl": ours, "pass": which, "ms": round(times[which], 4),
+                            "ratio_to_frozen": round(times[which] / frozen[which], 4),
+                        })  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: no PEFT baseline in it ({type(error).__name__}: {error}); expected a list of "
+            "{case: [tokens, k, n, r, p], methods: {frozen, peft, compile: {fwd, bwd, fwdbwd}}}"
+        ) from None
+    return rows
+
+
+def _measured(options) -> Iterator[list[dict]]:
+    """Measures what was asked for, case by case."""
+    if options.peft_baseline:
+        yield peft_rows(options.peft_baseline)
+    names, wanted = options.implementations.split(","), options.passes.split(",")
+    for case in _cases(options.quick, options.shape):
+        print(case, flush=True)
+        if options.kernels:
+            yield _kernels(case)
+        if options.variants:
+            yield _compare_variants(case, options.rounds)
+        else:
+            yield measure(case, names, wanted, options.rounds)
+
+
+def _tune(options) -> None:
+    from lorafusion_jax.bench.kernel_variants import tune, write_table
+
+    entries = []
+    for case in _cases(True, options.shape):
+        print(case, flush=True)
+        entries += tune(case)
+        write_table(entries, options.tune)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the benchmark; see the module's help."""
     options = _arguments(arguments)
-    # CUPTI wants the same kernels in every call, so keep XLA from making CUDA graphs.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    if options.peft_baseline:
+        peft_rows(options.peft_baseline)  # a bad file is told of before anything is measured
+    if not options.graphs:
+        # CUPTI wants the same kernels in every call, so keep XLA from making CUDA graphs.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    elif options.kernels or options.tune:
+        raise ConfigError("--graphs hides kernels from CUPTI: leave out --kernels and --tune")
     import jax
 
     if jax.default_backend() != "gpu":
         raise ConfigError("bench kernels needs a GPU: jax found only " + jax.default_backend())
     from lorafusion_jax.bench.results import write_results
+    from pallas_kernels import tables
 
-    rows = []
-    for case in _cases(options.quick, options.shape):
-        print(case, flush=True)
-        if options.kernels:
-            _print_kernels(case)
-        names, wanted = options.implementations.split(","), options.passes.split(",")
-        found = measure(case, names, wanted, options.rounds)
-        for row in found:
-            ratio = f"{row['ms']:8.4f} ms {row['ratio_to_frozen']:7.3f}"
-            print(f"  {row['impl']:<10} {row['pass']:<7} {ratio}", flush=True)
-        rows += found
-        if options.output:  # after every case: a benchmark cut short leaves what it has
-            write_results("kernels", rows, device=options.output.name, root=options.output.parent)
+    with tables.using_table(options.table) if options.table else contextlib.nullcontext():
+        if options.tune:
+            _tune(options)
+            return 0
+        rows = []
+        for found in _measured(options):
+            for row in found:
+                if "ratio_to_frozen" in row:
+                    ratio = f"{row['ms']:8.4f} ms {row['ratio_to_frozen']:7.3f}"
+                    print(f"  {row['impl']:<20} {row['pass']:<7} {ratio}", flush=True)
+            rows += found
+            if options.output:  # after every case: a benchmark cut short leaves what it has
+                root, device = options.output.parent, options.output.name
+                write_results("kernels", rows, device=device, root=root)
     return 0

@@ -1,0 +1,108 @@
+"""Compares tile sizes of the fused kernels: one kernel at a time, or whole linears side by side."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from lorafusion_jax.bench.linears import Case, make_operands, passes
+from lorafusion_jax.bench.timing import kernel_times
+from pallas_kernels import tables
+from pallas_kernels.tuning import OPERATIONS, GemmTiles, Shape, Sizes, candidates
+
+_PASS_OF = {"down": "fwd", "base_up": "fwd", "grad_up": "bwd", "grad_down": "bwd", "dx": "bwd"}
+_SUMS = "lora_sum_segments"  # what grad_up and grad_down leave to add up
+
+
+def shape_of(case: Case) -> Shape:
+    """Returns the shape that the tables know a case by."""
+    rank = -(-case.r // 8) * 8 if case.r <= 64 else -(-case.r // 64) * 64
+    return Shape(case.tokens, case.k, case.ns, rank)
+
+
+def _microseconds(op: str, times: list[tuple[str, float]]) -> float:
+    """Time of an operation among a call's kernels, its ordered sums included."""
+    own = sum(us for name, us in times if f"lora_{op}_" in name)
+    sums = sum(us for name, us in times if _SUMS in name)
+    return own + (sums if op.startswith("grad_") else 0.0)
+
+
+def kernels_of(case: Case, which: str) -> list[tuple[str, float]]:
+    """Returns name and microseconds of each kernel of our forward or backward pass."""
+    operands, functions = make_operands(case, 0), passes("ours")
+    if which == "fwd":
+        return kernel_times(functions["fwd"], (operands,))
+    return kernel_times(functions["bwd"], (functions["fwd"](operands)[1], operands))
+
+
+def tune(
+    case: Case,
+    report: Callable[[str], None] = print,
+    measure: Callable[[Case, str], list[tuple[str, float]]] = kernels_of,
+) -> list[dict]:
+    """Times the candidates of every operation on a case; returns the entries of a table.
+
+    Args:
+        case: the shape.
+        report: gets a line per candidate.
+        measure: gives the kernel times of a pass.
+    """
+    entries, shape = [], shape_of(case)
+    for op in OPERATIONS:
+        found: list[tuple[float, Sizes]] = []
+        for sizes in candidates(op, shape):
+            with tables.using(**{op: sizes}):
+                us = _microseconds(op, measure(case, _PASS_OF[op]))
+            report(f"  {op:<10} {us:9.2f} us  {sizes}")
+            found.append((us, sizes))
+        us, best = min(found, key=lambda pair: pair[0])
+        entries.append(tables.entry(op, shape, best, round(us, 2)))
+    return entries
+
+
+def write_table(entries: list[dict], path: Path) -> None:
+    """Writes a table that `pallas_kernels.tables.using_table` takes."""
+    record = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "entries": entries,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _products(**change) -> dict[str, Sizes]:
+    """Sizes of both large products with some fields changed."""
+    return {
+        "base_up": replace(GemmTiles("m", minor="m", width=16), **(change | {"mask_ahead": False})),
+        "dx": replace(GemmTiles(), **change),
+    }
+
+
+_ROOMY = {"stages": 3, "staged": 4}
+# What the lab book predicts something of, as changes of both large products.
+VARIANTS: dict[str, dict[str, Sizes]] = {
+    "roomy": _products(**_ROOMY),
+    "cluster": _products(cluster=2),
+    "roomy cluster": _products(**_ROOMY, cluster=2),
+    "narrow": _products(**_ROOMY, lora_depth=16),
+    "mask ahead": _products(**_ROOMY, split="m", mask_ahead=True),
+    "all": _products(stages=3, staged=2, split="m", mask_ahead=True, cluster=2, lora_depth=16),
+}
+
+
+def variant_calls(sets: list) -> dict[str, tuple]:
+    """Function and argument sets of each variant's forward and backward pass, compiled."""
+    calls = {}
+    for name, sizes in VARIANTS.items():
+        function, arguments = passes("ours")["fwdbwd"], [(o,) for o in sets]
+        with tables.using(**sizes):
+            jax.block_until_ready(function(*arguments[0]))
+        calls[f"ours: {name}"] = (function, arguments)
+    function = passes("ours")["fwdbwd"]
+    with tables.atomic_gradients():
+        jax.block_until_ready(function(sets[0]))
+    calls["ours: atomic"] = (function, [(o,) for o in sets])
+    return calls
