@@ -3,7 +3,7 @@
 Bit for bit the mask of `pallas_kernels.dropout.keep_mask`, and zero in padding rows (key 0).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class RowMask(NamedTuple):
     threshold: jax.Array
 
 
-def load_keys(key_ref, layout=mgpu.Layout.WGMMA) -> jax.Array:
+def load_keys(key_ref, layout: Any = mgpu.Layout.WGMMA) -> jax.Array:
     """Loads the keys of some rows as a vector over the rows of a register layout."""
     return mgpu.load(key_ref, layout=layout.reduce(1), optimized=False)
 
@@ -51,7 +51,7 @@ def _columns(vector: jax.Array, columns: int) -> jax.Array:
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), (0,))
 
 
-def _hash_bytes(mask: RowMask, first_column, columns: int, layout=mgpu.Layout.WGMMA):
+def _hash_bytes(mask: RowMask, first_column, columns: int, layout: Any = mgpu.Layout.WGMMA):
     """Yields for each group of 64 columns the compared tops of its four bytes, [rows, 16] each."""
     rows = mask.start.shape[0]
     start, live = (_columns(vector, 16) for vector in (mask.start, mask.live))
@@ -73,7 +73,9 @@ def _select(keeps, value: jax.Array) -> jax.Array:
     return lax.concatenate(pieces, 1)
 
 
-def drop(value: jax.Array, mask: RowMask, first_column, layout=mgpu.Layout.WGMMA) -> jax.Array:
+def drop(
+    value: jax.Array, mask: RowMask, first_column, layout: Any = mgpu.Layout.WGMMA
+) -> jax.Array:
     """Zeroes the dropped elements and the padding rows of a [rows, columns] value.
 
     Args:
