@@ -50,11 +50,14 @@ demo: demo-model
 	$(LORAFUSION) init --demo --directory runs/demo-input
 	$(LORAFUSION) train runs/demo-input/lorafusion.yaml --output runs/demo
 
+# Two at a time, where pytest-xdist is installed: most of a test's time is compilation on one core.
+TWO_AT_A_TIME = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo "-n 2 --dist loadfile")
+
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest $(TWO_AT_A_TIME)
 
 test-all: $(READY)
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest $(TWO_AT_A_TIME) -m "not gpu"
 
 # The built wheel in a fresh environment, away from this folder.
 test-wheel: $(READY)
