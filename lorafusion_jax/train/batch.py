@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from lorafusion_sched import Microbatch
+from lorafusion_jax.errors import DataError
+from lorafusion_sched import Microbatch, Sample
 
 
 class PackedBatch(NamedTuple):
@@ -132,6 +133,7 @@ def pack(
             weight = 1.0 if job.batch_tokens is None else 1.0 / job.batch_tokens[stretch.batch]
             row = start
             for sample in stretch.samples:
+                _check_length(stretch.job, sample, job)
                 _write_sample(rows, row, job, sample.epoch, sample.index, weight)
                 owners.append(RowOwner(stretch.job, sample.index, row, row + sample.length))
                 row += sample.length
@@ -154,6 +156,16 @@ def _padding_rows(capacity: int) -> dict[str, Any]:
         "loss_weight": np.zeros(capacity, np.float32),
         "row_key": np.zeros(capacity, np.uint32),
     }
+
+
+def _check_length(name: str, sample: Sample, job: JobRows) -> None:
+    """A sample that has changed since it was planned would leave holes, or reach its neighbour."""
+    length = len(job.samples[sample.index][0])
+    if length != sample.length:
+        raise DataError(
+            f"sample {sample.index} of {name} has {length} tokens, {sample.length} were planned: "
+            "its data changed while it was used"
+        )
 
 
 def _write_sample(

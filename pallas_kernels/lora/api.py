@@ -134,6 +134,7 @@ def fused_multi_lora(
         if name not in _BACKENDS:
             raise ValueError(f"{implementation=} is unknown: expected one of {sorted(_BACKENDS)}")
     routing = Routing(scale, rate, tile_adapter, row_key, site)
+    _check_routing(routing, x.shape[0], a[0].shape[0])
     return _multi_lora(order, x, ws, a, b, biases, routing)
 
 
@@ -190,6 +191,23 @@ def fused_lora(
         implementation=implementation,
     )
     return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def _check_routing(routing: Routing, rows: int, slots: int) -> None:
+    for name, shape in (
+        ("scale", (slots,)),
+        ("rate", (slots,)),
+        ("row_key", (rows,)),
+        ("site", (1,)),
+    ):
+        got = getattr(routing, name).shape
+        if got != shape:
+            raise ValueError(f"{name}.shape={got}, expected {shape}")
+    for name in ("row_key", "site"):
+        if getattr(routing, name).dtype != jnp.uint32:
+            raise ValueError(f"{name}.dtype={getattr(routing, name).dtype}, expected uint32")
+    if not jnp.issubdtype(routing.tile_adapter.dtype, jnp.integer):
+        raise ValueError(f"tile_adapter.dtype={routing.tile_adapter.dtype}, expected an integer")
 
 
 def _check(x, ws, a, b, tile_adapter) -> None:

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; `sys.argv` by default.
 
     Returns:
-        The exit code: 0, or 2 for a problem that the message explains.
+        The exit code: 0, 2 for a problem that the message explains, or 130 when interrupted.
     """
     asked = _parser().parse_args(arguments)
     try:
@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (PlanError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

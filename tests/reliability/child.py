@@ -15,16 +15,24 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 warnings.filterwarnings("ignore", message=".*os.fork.*")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 
 import lorafusion_jax as lf  # noqa: E402
-from lorafusion_jax.config import BatchingConfig, EvalConfig, SaveConfig, TrainConfig  # noqa: E402
+from lorafusion_jax.config import (  # noqa: E402
+    BatchingConfig,
+    EvalConfig,
+    RunTrainConfig,
+    SaveConfig,
+    TrainConfig,
+)
 from lorafusion_jax.errors import LoraFusionError  # noqa: E402
-from lorafusion_jax.train import trainer as _trainer  # noqa: E402, F401
+from lorafusion_jax.train import loop  # noqa: E402
 from tests.train.tiny import TILE, dataset, tiny_base  # noqa: E402
 
 
@@ -40,8 +48,13 @@ class Order:
         steps: of every job.
         save_every: optimizer steps between checkpoints.
         die_at: fault point at which the process kills itself, as `point:count`.
-        slow_at: what to dwell half a second at: a fault point, or an event's name.
+        slow_at: what to dwell at: a fault point, or an event's name.
+        dwell: seconds.
+        watchdog: its limit in seconds.
+        count: write what the process uses, every hundred microbatches.
         file_limit: bytes that a file may have from the first checkpoint on.
+        freeze: whether a non-finite batch freezes its job.
+        nan: job whose loss is infinite from its third global batch on.
         config: changes of each job's sections.
     """
 
@@ -53,6 +66,11 @@ class Order:
     save_every: int = 1
     die_at: str = ""
     slow_at: str = ""
+    dwell: float = 0.5
+    watchdog: float = 1800.0
+    count: bool = False
+    freeze: bool = False
+    nan: str = ""
     file_limit: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -65,20 +83,54 @@ JOBS = (
 )
 
 
+LATE = {"late1": (5, 30), "late2": (6, 26)}
+
+
+def poison(name: str) -> None:
+    """Makes the losses of a job infinite, from its third global batch on."""
+    real = loop.Run._pack
+
+    def pack(run, want):
+        packed = real(run, want)
+        stretches = run.schedule.plan.microbatches[want.index].stretches
+        if any(s.job == name and s.batch >= 2 for s in stretches):
+            mine = np.repeat(packed.tile_adapter == run.schedule.slot[name], TILE)
+            weight = np.where(mine & (packed.loss_weight > 0), np.inf, packed.loss_weight)
+            packed = packed._replace(loss_weight=weight.astype(np.float32))
+        return packed
+
+    loop.Run._pack = pack
+
+
 class Witness:
     """Writes down what happens, and does what the order asks for at that moment."""
 
     def __init__(self, order: Order, out: TextIO):
-        self._order, self._out, self._seen = order, out, {}
+        self._order, self._out, self._programs = order, out, 0
+        self._seen: dict[str, int] = {}
 
     def __call__(self, event: object) -> None:
         """Takes note of an event."""
         kind = type(event).__name__
         where = getattr(event, "index", getattr(event, "start", getattr(event, "step", "")))
         self.at(kind, where)
+        self._programs += kind == "Compiling"
+        if self._order.count and kind == "MicrobatchDone" and int(where) % 100 == 99:
+            self._out.write(f"counters {json.dumps(self._counters(int(where)))}\n")
         if kind == "CheckpointSaved" and self._order.file_limit:
             limit = (self._order.file_limit, resource.RLIM_INFINITY)
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    def _counters(self, microbatch: int) -> dict[str, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {
+            "microbatch": microbatch,
+            "resident": pages * resource.getpagesize(),
+            "files": len(os.listdir("/proc/self/fd")),
+            "threads": len(os.listdir("/proc/self/task")),
+            "arrays": len(jax.live_arrays()),
+            "programs": self._programs,
+        }
 
     def at(self, point: str, where: object = "") -> None:
         """Takes note of a fault point, and dies or dwells there if that was ordered."""
@@ -87,7 +139,7 @@ class Witness:
         if self._order.die_at == f"{point}:{self._seen[point]}":
             os.kill(os.getpid(), signal.SIGKILL)
         if self._order.slow_at == point:
-            time.sleep(0.5)
+            time.sleep(self._order.dwell)
 
 
 def train(order: Order, lines: int) -> int:
@@ -102,16 +154,27 @@ def train(order: Order, lines: int) -> int:
             tiny_base(),
             output=order.output,
             batching=BatchingConfig(tokens_per_microbatch=64, tile=TILE),
+            train=RunTrainConfig(watchdog=order.watchdog),
             listener=witness,
         )
         made._at = witness.at
+        resolve = made._resolve
+        made._resolve = lambda job, data=None: resolve(
+            job, dataset(*LATE[job.name]) if job.name in LATE else data
+        )
+        if order.nan:
+            poison(order.nan)
         for name, lora, optim, size, data in JOBS[: order.jobs]:
             made.add_job(
                 name,
                 dataset(*data),
                 lora=lora,
                 optim=optim,
-                train=TrainConfig(max_steps=order.steps, global_batch_size=size),
+                train=TrainConfig(
+                    max_steps=order.steps,
+                    global_batch_size=size,
+                    on_nonfinite="freeze" if order.freeze else "skip",
+                ),
                 eval=EvalConfig(split=6, every=4),
                 save=SaveConfig(every=order.save_every, **order.config.get("save", {})),
             )

@@ -62,7 +62,7 @@ def test_a_test_decides_all_its_scenarios_and_a_skip_shows_nothing(tmp_path):
 
 
 def test_an_unknown_scenario_is_refused(tmp_path):
-    (tmp_path / "test_cases.py").write_text(CASES.replace("C4", "Z9"))
+    (tmp_path / "test_others.py").write_text(CASES.replace("C4", "Z9"))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = scenario: x\n")
     recorder = Recorder(frozenset({"A3"}))
     code = pytest.main(["-q", "-p", "no:cacheprovider", str(tmp_path)], plugins=[recorder])
