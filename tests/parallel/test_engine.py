@@ -62,6 +62,7 @@ def check_against_one_device(on: OnMesh, start, reference, truth):
 
 
 @QUICK
+@pytest.mark.scenario("C11")
 def test_trains_like_one_device(settings, on_mesh, start, reference, truth):
     on = on_mesh(**settings)
     done, report = check_against_one_device(on, start, reference, truth)
@@ -89,6 +90,7 @@ def check_norms(report, reference, truth):
     assert min(ours[1]) > MIX.jobs[1].max_grad_norm, "job b is there to be clipped"
 
 
+@pytest.mark.scenario("C11")
 def test_a_stages_part_of_the_norm_is_not_the_norm(reference):
     """The twin of `check_norms`: what two of four layers have is far from the whole."""
 
@@ -102,6 +104,7 @@ def test_a_stages_part_of_the_norm_is_not_the_norm(reference):
 
 
 @QUICK
+@pytest.mark.scenario("C12")
 def test_versions_catch_a_distance_one_too_small(settings, on_mesh, start):
     on = on_mesh(**settings)
     near = on.plan(on.pipeline.distance - 1)
@@ -113,6 +116,7 @@ def test_versions_catch_a_distance_one_too_small(settings, on_mesh, start):
         assert_bit_equal(adapters(on.finish(state)), adapters(on.finish(far)))
 
 
+@pytest.mark.scenario("C12")
 def test_distance_is_that_of_the_order(on_mesh):
     fbh, bfh = on_mesh(**PIPELINE).pipeline, on_mesh(**BOTH).pipeline
     assert (fbh.distance, fbh.lag, fbh.ring) == (8, 7, 8)
@@ -121,6 +125,7 @@ def test_distance_is_that_of_the_order(on_mesh):
 
 
 @QUICK
+@pytest.mark.scenario("C11")
 def test_noops_and_chunk_boundaries_change_no_bit(settings, on_mesh, start):
     on = on_mesh(**settings)
     whole = on.plan()
@@ -157,6 +162,7 @@ def test_one_jobs_nan_changes_no_bit_of_another(settings, on_mesh, start):
         assert_bit_equal(adapters(hurt), adapters(plain))
 
 
+@pytest.mark.scenario("A12")
 def test_restores_on_other_stage_counts_bit_equal(on_mesh, start, reference, truth):
     """One device, 4 stages, 2 uneven stages of 2 ranks: each goes on where the other stopped."""
     whole = reference.plan
@@ -190,6 +196,7 @@ GRID = [(data, stage) for stage in range(1, 9) for data in range(1, 9) if data *
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "stage"), GRID)
+@pytest.mark.scenario("C11")
 def test_grid(data, stage, start_of, reference_of, truth_of):
     """Every mesh of up to 8 devices; 8 layers where there are more than 4 stages."""
     layers = 8 if stage > 4 else 4

@@ -65,6 +65,7 @@ def check_change(problem: Problem, draw) -> None:
 
 @settings(max_examples=40, **QUIET)
 @given(problems(), st.data())
+@pytest.mark.scenario("C8")
 def test_any_change_at_any_time_is_legal(problem, data):
     check_change(problem, data.draw)
 

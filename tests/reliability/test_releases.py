@@ -1,0 +1,64 @@
+"""What earlier releases left behind is still read, or refused with its version."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorafusion_jax.errors import CheckpointError
+from lorafusion_jax.lora.peft_io import load_peft
+from lorafusion_jax.train import manifest
+from lorafusion_jax.train.checkpoint import Checkpoints
+from lorafusion_jax.train.run_folder import open_run
+from lorafusion_sched import PlanError, from_json, to_json
+from tests.golden.make_release import losses, make, processor
+from tests.train.tiny import tiny_base
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RELEASES = sorted(GOLDEN.glob("release-*"))
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.mark.scenario("A13")
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
+def test_what_a_release_left_is_read(release, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(release, run)
+    assert [job for job in open_run(run).jobs] == ["sql", "emoji"]
+    text = (run / "plan.json").read_text()
+    assert to_json(from_json(text)) == text
+    restored = Checkpoints(run / "checkpoints").restore()
+    assert restored is not None and len(restored.leaves) > 20
+    assert load_peft(run / "jobs" / "sql" / "adapter", tiny_base().model).spec.r == 2
+    results = make(run).fit()  # a finished run goes on from its end
+    assert results["sql"].steps == 20
+    assert sum(p.stat().st_size for p in release.rglob("*") if p.is_file()) < 400_000
+
+
+@pytest.mark.scenario("A13")
+def test_another_version_is_refused_by_name(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(RELEASES[-1], run)
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 7)
+    with pytest.raises(CheckpointError, match="format version 1, this program reads 7"):
+        Checkpoints(run / "checkpoints").restore()
+    plan = json.loads((run / "plan.json").read_text())
+    plan["version"] = 99
+    with pytest.raises(PlanError, match="99"):
+        from_json(json.dumps(plan))
+
+
+@pytest.mark.scenario("B8")
+def test_losses_are_those_of_the_release(tmp_path):
+    """Exact on the kind of processor that wrote them; elsewhere as close as float32 allows."""
+    golden = json.loads((RELEASES[-1] / "losses.json").read_text())
+    make(tmp_path / "run").fit()
+    found = losses(tmp_path / "run")
+    assert {name: len(x) for name, x in found.items()} == {"sql": 20, "emoji": 20}
+    if golden["processor"] == processor():
+        assert found == golden["losses"]
+    for name, values in golden["losses"].items():
+        assert found[name] == pytest.approx(values, rel=2e-5)
+    other = [x * (1 + 1e-4) for x in golden["losses"]["sql"]]  # the twin
+    assert found["sql"] != pytest.approx(other, rel=2e-5)
