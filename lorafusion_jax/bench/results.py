@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lorafusion_jax.errors import ConfigError
+
 RESULTS = Path("docs/results")
 _VERSIONS_OF = ("lorafusion-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -72,6 +74,30 @@ def _one_row_a_line(record: dict[str, Any]) -> str:
     head = json.dumps({**record, "rows": []}, indent=1, ensure_ascii=False)
     rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in record["rows"])
     return head.removesuffix("[]\n}") + f"[\n{rows}\n ]\n}}\n"
+
+
+def read_baselines(path: Path, columns: tuple[str, ...]) -> list[Row]:
+    """Reads rows that another program measured on the same device, such as PEFT's.
+
+    Args:
+        path: a JSON list of rows, or an object with `rows`.
+        columns: what every row must have.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--baselines {path}: {error}") from error
+    rows = found.get("rows") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"--baselines {path}: expected a list of rows, or an object with `rows`")
+    for number, row in enumerate(rows):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise ConfigError(f"--baselines {path}: row {number} lacks {', '.join(missing)}")
+    return rows
 
 
 def _module_and_arguments() -> list[str]:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -22,7 +22,7 @@ def seconds_per_call(call: Callable, arguments: Sequence[tuple], calls: int) -> 
 
 
 def sustained(
-    calls: dict[str, tuple[Callable, Sequence[tuple]]], *, rounds: int = 5, seconds: float = 0.12
+    calls: Mapping[str, tuple[Callable, Sequence[tuple]]], *, rounds: int = 5, seconds: float = 0.12
 ) -> dict[str, float]:
     """Returns the median time per call of each, in ms, all taking turns.
 

@@ -108,6 +108,11 @@ def predict(step: Step, remat: Remat) -> Memory:
     )
 
 
+def kept_bytes(step: Step, remat: Remat) -> int:
+    """Returns the bytes that one layer keeps from its forward to its backward pass."""
+    return int(step.capacity * _kept_per_row(step, remat))
+
+
 def choose_remat(step: Step, available: int) -> tuple[Remat, Memory]:
     """Returns the policy that computes least again and fits, with head-room.
 

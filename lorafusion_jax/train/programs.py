@@ -27,7 +27,7 @@ from lorafusion_jax.train.step import (
 
 # XLA then picks, or asks its libraries for, algorithms that repeat their bits. Other platforms
 # ignore the option.
-_REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}
+REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
 class _Key(NamedTuple):
@@ -59,7 +59,7 @@ class Programs:
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._frozen, self._listener, self._waiting = frozen, listener, waiting
-        jit = partial(jax.jit, compiler_options=_REPEATABLE if model.deterministic else None)
+        jit = partial(jax.jit, compiler_options=REPEATABLE if model.deterministic else None)
         self._jitted = {
             "train": jit(partial(train_step, model), donate_argnums=0),
             "update": jit(update_step, donate_argnums=0),

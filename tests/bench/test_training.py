@@ -1,0 +1,174 @@
+"""The benchmarks of layers and training: baselines compute the same, and a run writes rows."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.bench import layer, schedule, training
+from lorafusion_jax.bench.profile import class_of
+from lorafusion_jax.bench.results import read_baselines
+from lorafusion_jax.bench.shapes import MODELS, layer_flops, model_shape
+from lorafusion_jax.bench.systems import LINEARS, lora_linears, padded_batch
+from lorafusion_jax.errors import ConfigError
+from lorafusion_jax.lora import linear
+from lorafusion_jax.train.batch import JobRows, pack
+from lorafusion_sched import Microbatch, Sample, Stretch
+
+ROWS, TILE = 64, 16
+
+
+def operands(rng, slots=1):
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return (
+        normal(ROWS, 32),
+        (normal(32, 24), normal(32, 40)),
+        (normal(slots, 4, 32), normal(slots, 4, 32)),
+        (normal(slots, 4, 24), normal(slots, 4, 40)),
+        jnp.full(slots, 0.5),
+        jnp.zeros(slots),
+        jnp.arange(ROWS // TILE, dtype=jnp.int32) % slots,
+        jnp.arange(1, ROWS + 1, dtype=jnp.uint32),
+        jnp.ones(1, jnp.uint32),
+    )
+
+
+@pytest.mark.parametrize("kind, slots", [("naive", 1), ("xla", 2), ("ungrouped", 2)])
+def test_baselines_compute_the_same_without_dropout(rng, kind, slots):
+    args = operands(rng, slots)
+    ours = LINEARS["ours"](*args, biases=(None, None))
+    theirs = LINEARS[kind](*args, biases=(None, None))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(theirs[0] - args[0] @ args[1][0]).max()) > 0.1  # LoRA does something
+
+
+def test_linears_are_switched_for_what_is_traced_and_switched_back():
+    @jax.jit
+    def shared(x):  # like the layers' trace, which outlives a switch
+        return linear.fused_multi_lora(x)
+
+    before = linear.fused_multi_lora
+    LINEARS["marker"] = lambda x: x + 1
+    try:
+        with lora_linears("marker"):
+            assert shared(1.0) == 2.0
+            LINEARS["marker"] = lambda x: x + 2
+            with lora_linears("marker"):
+                assert shared(1.0) == 3.0
+    finally:
+        del LINEARS["marker"]
+    assert linear.fused_multi_lora is before
+
+
+def test_a_padded_batch_is_a_packed_one_with_holes():
+    """Same arrays as the planner's batch of one sample per stretch, but for tokens and weights."""
+    samples = [Sample(0, 0, 20), Sample(0, 1, 32)]
+    padded = padded_batch(
+        [(0, samples[0]), (1, samples[1])], 32, tile=TILE, num_slots=2, ends=frozenset({1}),
+        vocab_size=10,
+    )  # fmt: skip
+
+    class Data:
+        def __getitem__(self, index):
+            return np.zeros(samples[index].length, np.int32), np.ones(samples[index].length, bool)
+
+    stretches = tuple(
+        Stretch(f"job{i}", 0, (sample,), ends=i == 1) for i, sample in enumerate(samples)
+    )
+    rows = {f"job{i}": JobRows(i, i + 1, Data()) for i in range(2)}
+    packed, _ = pack(Microbatch(stretches, 64), rows, tile=TILE, num_slots=2, max_segments=16)
+    for name in ("positions", "segment_start", "segment_offsets", "tile_adapter", "batch_end"):
+        np.testing.assert_array_equal(getattr(padded, name), getattr(packed, name), name)
+    for name in ("loss_weight", "row_key"):
+        where = [np.asarray(getattr(batch, name)) != 0 for batch in (padded, packed)]
+        np.testing.assert_array_equal(*where, name)
+
+
+def test_work_of_a_llama_layer():
+    """By the formula of the table in the lab book, written out for 4 samples of 2048 tokens."""
+    tokens, d, inner, kv = 8192, 4096, 14336, 1024
+    frozen = 4 * tokens * (2 * d * d + 2 * d * kv + 3 * d * inner)
+    attention = 3.5 * 2 * 4 * 2048**2 * d
+    lora = 6 * tokens * 16 * (2 * 2 * d + 2 * (d + kv) + 3 * (d + inner))
+    found = layer_flops(MODELS["llama-3.1-8b"], [2048] * 4, 16)
+    assert found == pytest.approx(frozen + attention + lora)
+    assert layer_flops(MODELS["llama-3.1-8b"], [2048] * 4, 0) == pytest.approx(frozen + attention)
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
+        ("mosaic_gpu_lora_base_up_kernel", "fused_gemm"),
+        ("mosaic_gpu_lora_grad_down_kernel", "lora"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "gemm"),
+        ("loop_multiply_fusion_3", "elementwise"),
+        ("MemcpyD2D", "copy"),
+    ],
+)
+def test_classes_of_kernels(kernel, kind):
+    assert class_of(kernel) == kind
+
+
+def test_refusals(tmp_path):
+    for arguments in ("--systems abz", "--lengths nosuch", "--model nosuch --lengths xsum"):
+        with pytest.raises(ConfigError, match=r"--\w+ "):
+            training.main(arguments.split())
+    with pytest.raises(ConfigError, match="--parts nosuch"):
+        layer.main(["--parts", "nosuch"])
+    path = tmp_path / "rows.json"
+    for text, reason in (
+        ("[", "rows.json"),
+        ("3", "a list"),
+        ('[{"system": "x"}]', "lacks lengths"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=reason):
+            read_baselines(path, ("system", "lengths"))
+    assert model_shape("llama-3.1-8b", 2).num_hidden_layers == 2
+
+
+def test_a_run_writes_rows_and_keeps_those_of_other_mixes(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        schedule, "MOMENTS", {"xsum": (60, 20), "cnn": (60, 20), "wikisum": (60, 20)}
+    )
+    baselines = tmp_path / "peft.json"
+    peft = {"system": "peft_compile", "lengths": "xsum", "tokens_per_s": 3.0}
+    baselines.write_text(json.dumps([peft, peft | {"lengths": "cnn"}]))
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    other = {"system": "e_ours", "lengths": "mix", "tokens_per_s": 1.0}
+    stale = {"system": "e_ours", "lengths": "xsum", "tokens_per_s": 1.0}
+    (folder / "training.json").write_text(json.dumps({"rows": [other, stale]}))
+    arguments = (
+        "--lengths xsum --systems e --model tiny --layers 1 --capacity 256 --microbatches 2"
+        f" --batches 1 --dtype float32 --tile 16 --output {folder} --baselines {baselines}"
+    )
+    assert training.main(arguments.split()) == 0
+    rows = json.loads((folder / "training.json").read_text())["rows"]
+    assert rows[:2] == [other, peft] and len(rows) == 3
+    ours = rows[2]
+    assert ours["system"] == "e_ours" and ours["layers"] == 1 and ours["remat"] == "none"
+    assert 0 < ours["tokens_per_s"] and 0 <= ours["padding"] < 1 and ours["compile_seconds"] > 0
+    assert 0.7 < ours["planned_gib"] / ours["peak_gib"] < 1.4
+
+
+@pytest.mark.slow
+def test_all_systems_and_all_parts_of_a_layer_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        schedule, "MOMENTS", {"xsum": (60, 20), "cnn": (90, 20), "wikisum": (60, 20)}
+    )
+    monkeypatch.setattr(training, "PADDED_LENGTHS", (128, 256))
+    common = f"--model tiny --dtype float32 --tile 16 --output {tmp_path / 'cpu'}"
+    run = "--lengths het --capacity 512 --microbatches 4 --batches 2 --profile --deterministic"
+    assert training.main(f"{run} {common}".split()) == 0
+    rows = json.loads((tmp_path / "cpu/training.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == list(training.SYSTEMS.values())
+    assert layer.main(f"--rows 2 --length 128 --rounds 1 {common}".split()) == 0
+    rows = json.loads((tmp_path / "cpu/layer.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == set(layer.PARTS)
