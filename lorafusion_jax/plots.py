@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorafusion_sched import Plan
+from lorafusion_sched import Plan, Timeline
+from lorafusion_sched.simulate import Span
 
 type Records = Sequence[Mapping]
 
@@ -128,3 +129,71 @@ def throughput(plan: Plan, jobs: Mapping[str, Records]) -> tuple[list[int], list
             xs.append(at)
             ys.append((done[at + 1] - done[before + 1]) / (stop - start))
     return xs, ys
+
+
+def plot_gantt(
+    runs: Mapping[str, tuple[Plan, Timeline]], path: Path, *, until: float | None = None
+) -> None:
+    """Draws simulated pipelines below each other: a lane per stage, a stripe per job.
+
+    Forwards are light, backwards dark, waiting is white; all runs share one axis of time.
+
+    Args:
+        runs: a plan and its simulation by title.
+        path: PNG file to write.
+        until: time at which the picture ends; by default that of the 40th slot of the first run.
+    """
+    if until is None:
+        first = next(iter(runs.values()))[1]
+        until = max((s.end for s in first.spans if s.slot < 40), default=1.0)
+    heights = [len(timeline.busy) for _, timeline in runs.values()]
+    figure = Figure(figsize=(11, 0.6 + sum(0.35 * h + 0.55 for h in heights)))
+    panels = figure.subplots(len(runs), 1, sharex=True, squeeze=False, height_ratios=heights)
+    jobs = dict.fromkeys(
+        s.job for plan, _ in runs.values() for m in plan.microbatches for s in m.stretches
+    )
+    colour = {job: f"C{i % 10}" for i, job in enumerate(jobs)}
+    for axes, (title, (plan, timeline)) in zip(panels[:, 0], runs.items(), strict=True):
+        for span in timeline.spans:
+            if span.start < until and span.end > span.start:
+                _draw_span(axes, plan, span, colour)
+        axes.set_ylim(len(timeline.busy) - 0.5, -0.5)
+        axes.set_yticks(range(len(timeline.busy)))
+        axes.set_ylabel("stage")
+        axes.set_title(
+            f"{title}: utilisation {timeline.utilisation:.1%}, bubble {timeline.bubble:.1%}",
+            fontsize="medium",
+            loc="left",
+        )
+    for job in jobs:
+        panels[0, 0].bar(0, 0, color=colour[job], label=job)
+    panels[0, 0].set_xlim(0, until)
+    panels[0, 0].legend(
+        fontsize="small", ncols=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.2
+    )
+    panels[-1, 0].set_xlabel("simulated time")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+
+
+def _draw_span(axes: Axes, plan: Plan, span: Span, colour: Mapping[str, str]) -> None:
+    """Draws a forward or backward of a slot, cut into its jobs by their tokens."""
+    ranks = plan.microbatches[span.slot * plan.width : (span.slot + 1) * plan.width]
+    stretches = [stretch for microbatch in ranks for stretch in microbatch.stretches]
+    total = sum(stretch.tokens() for stretch in stretches)
+    low = span.stage - 0.42
+    for stretch in stretches:
+        height = 0.84 * stretch.tokens() / total
+        axes.barh(
+            low,
+            span.end - span.start,
+            height,
+            span.start,
+            align="edge",
+            color=colour[stretch.job],
+            alpha=0.45 if span.phase == "F" else 0.95,
+            linewidth=0,
+        )
+        low += height
+    axes.plot([span.start] * 2, [span.stage - 0.42, span.stage + 0.42], color="white", lw=0.6)

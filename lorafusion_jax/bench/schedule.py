@@ -22,6 +22,7 @@ from lorafusion_jax.bench.results import RESULTS, Row
 from lorafusion_jax.bench.schedule_milp import milp_packer
 from lorafusion_jax.bench.schedule_report import draw, report, write_measured
 from lorafusion_jax.errors import ConfigError
+from lorafusion_jax.plots import plot_gantt
 from lorafusion_sched import (
     Clock,
     Cost,
@@ -322,7 +323,24 @@ def run(
     rows = [_rounded(row) for part in parts for row in sources[part]]
     path = write_measured(rows, add=add, root=root)
     draw(json.loads(path.read_text())["rows"], path.parent)
+    if "pipeline" in parts:
+        draw_runs(path.parent)
     return path
+
+
+def draw_runs(folder: Path) -> None:
+    """Draws one run as LoRAFusion (packed first-fit) and as we plan it: `schedule_gantt.png`."""
+    stages, gbs, capacity, lengths = CELLS[3]
+    problem = problem_of(jobs_of(lengths, gbs, 0), capacity, stages)
+    answers = {"LoRAFusion": lorafusion(problem), "ours": plan(problem)}
+    runs = {
+        f"{name}, {stages} stages, global batches of {gbs}": (
+            answer,
+            simulate(answer, problem.cost, stages),
+        )
+        for name, answer in answers.items()
+    }
+    plot_gantt(runs, folder / "schedule_gantt.png")
 
 
 def main(arguments: list[str] | None = None) -> int:

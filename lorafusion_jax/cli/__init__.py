@@ -12,6 +12,7 @@ from lorafusion_jax.cli import (
     ask,
     export,
     jobs,
+    plan,
     prepare,
     project,
     report,
@@ -31,6 +32,7 @@ app = typer.Typer(
 for _module in (
     project,
     prepare,
+    plan,
     training,
     status,
     report,

@@ -1,5 +1,6 @@
-"""Commands that look before training and write nothing: check, plan."""
+"""What can be known of a run before its first step, and the command that shows it: check."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from lorafusion_jax.models import Base
     from lorafusion_jax.train.jobs import TrainJob
     from lorafusion_jax.train.schedule import Schedule
+    from lorafusion_sched import Clock
 
 # Per trained parameter, float32: itself, two moments, the gradient's accumulator.
 _BYTES_PER_PARAMETER = 16
@@ -29,28 +31,47 @@ class Prepared(NamedTuple):
 
 
 def register(app: typer.Typer) -> None:
-    """Adds this module's commands."""
+    """Adds this module's command."""
     app.command()(check)
-    app.command()(plan)
 
 
-def prepare(config: "RunConfig") -> Prepared:
+def prepare(
+    config: "RunConfig", *, clock: "Clock" = "1f1b", stages: int = 1, width: int = 1
+) -> Prepared:
     """Resolves everything that can be known without weights.
+
+    Args:
+        config: the run.
+        clock: how the stages of a pipeline take turns.
+        stages: of the pipeline.
+        width: microbatches at a time (data parallelism).
 
     Raises:
         LoraFusionError: model, data or targets cannot be used.
     """
     from lorafusion_jax.cli.session import outline_base
+    from lorafusion_jax.train.capacity import capacities_of, cost_of_run
     from lorafusion_jax.train.jobs import resolve_job
     from lorafusion_jax.train.prepare import tile_rows
-    from lorafusion_jax.train.schedule import capacity_that_fills, make_schedule
+    from lorafusion_jax.train.schedule import make_schedule
+    from lorafusion_sched import distance_of
 
     base = outline_base(config.base.model, config.base.dtype)
     jobs = [resolve_job(job, job.data, base, config.batching, config.seed) for job in config.jobs]
-    tile, limit = tile_rows(config.batching), config.batching.tokens_per_microbatch
-    plans = [job.plan for job in jobs]
-    sizes = config.batching.capacities or (capacity_that_fills(plans, limit, tile),)
-    schedule = make_schedule(plans, capacities=sizes, tile=tile)
+    tile, plans = tile_rows(config.batching), [job.plan for job in jobs]
+    cost = cost_of_run(Path(config.output), base.config)
+    sizes = capacities_of(
+        plans, config.batching, tile, cost, clock=clock, stages=stages, width=width
+    )
+    schedule = make_schedule(
+        plans,
+        capacities=sizes,
+        tile=tile,
+        distance=distance_of(clock, stages),
+        width=width,
+        clock=clock,
+        cost=cost,
+    )
     return Prepared(config, base, jobs, schedule)
 
 
@@ -68,7 +89,7 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
     headings = ("job", "samples", "held out", "steps", "tokens", "supervised", "cut", "left out")
     headings += ("r", "modules", "parameters")
     print_table(headings, [_job_row(job, parameters[job.name]) for job in ready.jobs])
-    print(_packing_line(ready))
+    print(packing_line(ready))
     trained = bytes_text(_BYTES_PER_PARAMETER * sum(parameters.values()))
     print(
         f"memory   base {bytes_text(base_bytes)}, adapters with optimizer state {trained}, "
@@ -78,27 +99,6 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
     print(f"sample   first of {job.name}; loss is on what is marked")
     for learnt, text in shown_sample(job, ready.base.tokenizer):
         print(f"  {'learnt' if learnt else 'given '}  {text!r}")
-
-
-def plan(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Show how samples are packed into microbatches, against training one job at a time."""
-    from lorafusion_jax.train.schedule import make_schedule, padding_share
-
-    ready = prepare(read_config(config, overrides))
-    together, tile = ready.schedule.plan, ready.schedule.plan.tile
-    print(_packing_line(ready))
-    rows = [_plan_row("together", together.microbatches, padding_share)]
-    sizes = tuple(sorted({m.capacity for m in together.microbatches}))
-    total = 0
-    for job in ready.jobs:
-        alone = make_schedule([job.plan], capacities=sizes, tile=tile).plan.microbatches
-        rows.append(_plan_row(f"{job.name}, alone", alone, padding_share))
-        total += sum(m.capacity for m in alone)
-    print_table(("", "microbatches", "rows", "tokens", "padding"), rows)
-    one_by_one = sum(_padded_rows(job) for job in ready.jobs)
-    used = sum(m.capacity for m in together.microbatches)
-    print(f"one job at a time, packed:               {total / used:.2f} x the rows")
-    print(f"one job at a time, padded to its longest: {one_by_one / used:.2f} x the rows")
 
 
 def shown_sample(job: "TrainJob", tokenizer) -> list[tuple[bool, str]]:
@@ -135,7 +135,7 @@ def _job_row(job: "TrainJob", parameters: int) -> tuple[str, ...]:
     )
 
 
-def _packing_line(ready: Prepared) -> str:
+def packing_line(ready: Prepared) -> str:
     from lorafusion_jax.train.schedule import padding_share
 
     microbatches = ready.schedule.plan.microbatches
@@ -146,15 +146,3 @@ def _packing_line(ready: Prepared) -> str:
         f"packing  {len(microbatches):,} microbatches of {sizes} tokens in tiles of "
         f"{ready.schedule.plan.tile}, {padding_share(microbatches):.1%} padding"
     )
-
-
-def _plan_row(name: str, microbatches, padding_share) -> tuple[str, ...]:
-    rows = sum(m.capacity for m in microbatches)
-    tokens = sum(s.tokens() for m in microbatches for s in m.stretches)
-    count = f"{len(microbatches):,}"
-    return name, count, f"{rows:,}", f"{tokens:,}", f"{padding_share(microbatches):.1%}"
-
-
-def _padded_rows(job: "TrainJob") -> int:
-    """Rows of the usual way: each global batch padded to its own longest sample."""
-    return sum(len(batch) * max(s.length for s in batch) for batch in job.plan.batches)

@@ -49,8 +49,9 @@ class BatchingConfig(Section):
         tokens_per_microbatch: capacity in tokens that the packer fills.
         max_length: longest sample in tokens; by default a whole microbatch.
         overlong: what happens to longer samples: cut at the end, left out, or refused.
-        capacities: allowed microbatch sizes in tokens, ascending, one compilation each; by default
-            they are chosen from the data.
+        capacities: allowed microbatch sizes in tokens, ascending, one compilation each; auto
+            chooses one or two by simulating whole schedules with the measured or counted cost of a
+            microbatch; by default one, as large as the data can fill.
         tile: padding multiple of each job's stretch in a microbatch; auto is 128 on a GPU and 16
             on a CPU.
     """
@@ -59,7 +60,9 @@ class BatchingConfig(Section):
     max_length: int = Field(default_factory=lambda data: data["tokens_per_microbatch"], ge=2)
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     tile: Literal["auto", 16, 128] = "auto"
-    capacities: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
+    capacities: (
+        Literal["auto"] | Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None
+    ) = None
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -75,7 +78,7 @@ class BatchingConfig(Section):
                 f"{self.tokens_per_microbatch}: a sample is never split"
             )
         sizes = self.capacities
-        if sizes is not None and (
+        if isinstance(sizes, tuple) and (
             list(sizes) != sorted(set(sizes))
             or sizes[-1] != self.tokens_per_microbatch
             or any(size < 1 or size % tile for size in sizes)

@@ -63,7 +63,7 @@ def prepare_run(
     """
     config, jobs, tile = saved.config, saved.jobs, schedule.plan.tile
     num_slots = max(schedule.num_slots, saved.num_slots)
-    paths = _targeted(base, jobs)
+    paths = targeted(base, jobs)
     bank = attach_adapters(base.model, paths, num_slots, max(job.max_rank for job in jobs))
     patterned = {path for job in jobs for path in job.spec.patterned(job.targets)}
     bank = with_patterns(bank, [path for path in paths if path in patterned])
@@ -126,7 +126,7 @@ def _plan_memory(step: Step, wish: Remat | Literal["auto"]) -> tuple[Remat, str]
     return remat, f"train.remat {remat} was planned to need {predict(step, remat)}{has}"
 
 
-def _targeted(base: Base, jobs: Sequence[TrainJob]) -> list[str]:
+def targeted(base: Base, jobs: Sequence[TrainJob]) -> list[str]:
     """Paths that any job targets, in the model's order: the same for any order of jobs."""
     wanted = {path for job in jobs for path in job.targets}
     return [path for path in multi_linears(base.model) if path in wanted]

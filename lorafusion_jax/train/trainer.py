@@ -23,6 +23,7 @@ from lorafusion_jax.config import (
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.models.hf_weights import Base, load_base
 from lorafusion_jax.train.background import BackgroundSaver
+from lorafusion_jax.train.capacity import capacities_of, cost_of_run
 from lorafusion_jax.train.drive import drive, explained_memory, fan_out, peak_bytes
 from lorafusion_jax.train.events import Listener, RunEnded
 from lorafusion_jax.train.goodput import Goodput
@@ -34,7 +35,7 @@ from lorafusion_jax.train.prepare import prepare_run, tile_rows
 from lorafusion_jax.train.results import Results, collect_results
 from lorafusion_jax.train.resume import Saved, find_saved
 from lorafusion_jax.train.run_folder import RunFolder
-from lorafusion_jax.train.schedule import Schedule, capacity_that_fills, make_schedule, schedule_of
+from lorafusion_jax.train.schedule import Schedule, make_schedule, schedule_of
 from lorafusion_jax.train.signals import StopSignals
 from lorafusion_jax.train.sinks import Sinks, check_sinks
 from lorafusion_jax.train.watchdog import Watchdog
@@ -201,9 +202,9 @@ class MultiTrainer:
 
     def _schedule(self, saved: Saved) -> Schedule:
         batching, plans = saved.config.batching, [job.plan for job in saved.jobs]
-        limit = batching.tokens_per_microbatch
         tile = tile_rows(batching) if saved.plan is None else saved.plan.tile
-        capacities = batching.capacities or (capacity_that_fills(plans, limit, tile),)
+        cost = cost_of_run(self._output, self._base.config)
+        capacities = capacities_of(plans, batching, tile, cost)
         # Another plan of the rest would add up the same gradients in another order.
         if saved.plan is not None and not saved.joined:
             return schedule_of(

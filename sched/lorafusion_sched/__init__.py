@@ -3,6 +3,10 @@
 Standard library only: planning needs no jax, no numpy and no GPU.
 """
 
+from lorafusion_sched.cost import Measured as Measured
+from lorafusion_sched.cost import cost_from_json as cost_from_json
+from lorafusion_sched.cost import cost_to_json as cost_to_json
+from lorafusion_sched.cost import fit_cost as fit_cost
 from lorafusion_sched.problem import Clock as Clock
 from lorafusion_sched.problem import Cost as Cost
 from lorafusion_sched.problem import Job as Job

@@ -8,11 +8,12 @@ A lengths file is JSON:
 import argparse
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from lorafusion_sched.baselines import lorafusion, megatron, mlora, violations
+from lorafusion_sched.cost import cost_from_json
 from lorafusion_sched.gantt import gantt_html
 from lorafusion_sched.problem import (
     Clock,
@@ -91,6 +92,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         if field.name != "whole_bucket":
             name = f"--cost-{field.name.replace('_', '-')}"
             add(name, type=float, default=field.default, help=f"default {field.default}")
+    add("--cost", type=Path, help="file of measured costs, instead of these")
     add("--dynamic-shapes", action="store_true", help="time follows padded tokens, not capacity")
 
 
@@ -106,15 +108,20 @@ def _problem(asked: argparse.Namespace) -> Problem:
         width=asked.data_parallel,
         max_jobs=asked.max_jobs,
         clock=clock,
-        cost=Cost(
-            fixed=asked.cost_fixed,
-            per_token=asked.cost_per_token,
-            per_square=asked.cost_per_square,
-            backward=asked.cost_backward,
-            whole_bucket=not asked.dynamic_shapes,
-        ),
+        cost=replace(_cost(asked), whole_bucket=not asked.dynamic_shapes),
     )
     return choose_capacity(problem) if asked.capacity == "auto" else problem
+
+
+def _cost(asked: argparse.Namespace) -> Cost:
+    if asked.cost is not None:
+        return cost_from_json(asked.cost.read_text())
+    return Cost(
+        fixed=asked.cost_fixed,
+        per_token=asked.cost_per_token,
+        per_square=asked.cost_per_square,
+        backward=asked.cost_backward,
+    )
 
 
 def _capacities(asked: argparse.Namespace, jobs: tuple[Job, ...]) -> tuple[int, ...]:

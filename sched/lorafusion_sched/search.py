@@ -39,12 +39,17 @@ def plan(problem: Problem) -> Plan:
     if _serial(problem) and all(_one_batch(job) for job in problem.jobs):
         if problem.max_active is None or len(problem.jobs) <= problem.max_active:
             return pack_plan(problem)
+    return _plan_stream(problem, _FINALS)
+
+
+def _plan_stream(problem: Problem, finals: int) -> Plan:
+    """Plans with the settings that look best on the first slots, `finals` of them in full."""
     ranked = sorted(_trials(problem), key=lambda settings: _pace(problem, settings))
     if _serial(problem) or not _few_samples(problem):
         return stream(problem, ranked[0])
     policies: tuple[Policy, ...] = ("even", "critical")
-    finals = [replace(settings, policy=p) for settings in ranked[:_FINALS] for p in policies]
-    plans = [stream(problem, settings) for settings in finals]
+    tried = [replace(settings, policy=p) for settings in ranked[:finals] for p in policies]
+    plans = [stream(problem, settings) for settings in tried]
     return min(plans, key=lambda answer: plan_time(problem, answer))
 
 
@@ -143,6 +148,6 @@ def _fastest(problem: Problem, sizes: list[tuple[int, ...]], finals: int) -> tup
     paces = [min(_pace(one, settings) for settings in _trials(one)) for one in candidates]
     ranked = sorted(range(len(candidates)), key=paces.__getitem__)
     count = finals if _few_samples(problem) else 1
-    times = {i: plan_time(candidates[i], plan(candidates[i])) for i in ranked[:count]}
+    times = {i: plan_time(candidates[i], _plan_stream(candidates[i], 1)) for i in ranked[:count]}
     best = min(times, key=times.__getitem__)
     return candidates[best], times[best]
