@@ -143,8 +143,6 @@ def serve_commands(model: str, adapters: dict[str, Path], max_rank: int) -> list
     """
     from lorafusion_jax.models.hub import hub_id
 
-    if (hub := hub_id(model)) is not None:
-        model = hub.repo
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= max_rank), None)
     if rank is None:
         raise AdapterError(f"r={max_rank} cannot be served: vLLM takes up to {VLLM_RANKS[-1]}")
@@ -152,6 +150,8 @@ def serve_commands(model: str, adapters: dict[str, Path], max_rank: int) -> list
     if model.endswith(".gguf"):
         lines.append("# BASE: the Hugging Face directory of the model that was trained as GGUF")
     base = "BASE" if model.endswith(".gguf") else shlex.quote(model)
+    if (hub := hub_id(model)) is not None:
+        base = hub.repo + (f" --revision {hub.revision}" if hub.revision else "")
     named = " ".join(shlex.quote(f"{name}={path}") for name, path in adapters.items())
     return [
         *lines,

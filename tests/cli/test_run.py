@@ -215,6 +215,12 @@ def test_rank_beyond_the_servers_is_refused():
         export.serve_commands("model", {"a": Path("x")}, 513)
 
 
+def test_hub_base_is_served_by_its_name():
+    vllm, sglang = export.serve_commands("hf://org/m@v1", {"a": Path("x")}, 8)
+    assert vllm.startswith("vllm serve org/m --revision v1 --enable-lora")
+    assert "--model-path org/m --revision v1 " in sglang
+
+
 def test_gguf_base_is_served_from_its_original():
     lines = export.serve_commands("m.gguf", {"a": Path("x")}, 8)
     assert lines[0].startswith("#") and "vllm serve BASE " in lines[1]
