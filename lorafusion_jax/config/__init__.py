@@ -1,11 +1,11 @@
 """One configuration file describes a run: the base model and every job that trains on it."""
 
+from lorafusion_jax.config.data import DataConfig, SourceConfig
 from lorafusion_jax.config.diff import Change, config_diff
 from lorafusion_jax.config.load import config_from_dict, load_config, resolved_yaml, template_yaml
 from lorafusion_jax.config.schema import (
     BaseModelConfig,
     BatchingConfig,
-    DataConfig,
     EarlyStoppingConfig,
     EvalConfig,
     JobConfig,
@@ -16,7 +16,6 @@ from lorafusion_jax.config.schema import (
     RunConfig,
     RunTrainConfig,
     SaveConfig,
-    SourceConfig,
     SpikeConfig,
     TrainConfig,
 )

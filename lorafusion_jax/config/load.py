@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from lorafusion_jax.config.data import HUB
 from lorafusion_jax.config.problems import Problem, describe, nearest, report
-from lorafusion_jax.config.schema import HUB, JobConfig, RunConfig
+from lorafusion_jax.config.schema import JobConfig, RunConfig
 from lorafusion_jax.config.source import Key, Lines, parse_value, read_source
 from lorafusion_jax.config.sweep import Expanded, expand, sweep_problems
 from lorafusion_jax.errors import ConfigError

@@ -7,26 +7,17 @@ type; nothing is coerced (`r: "16"` and `r: true` are errors). Records are immut
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-type Format = Literal["auto", "text", "prompt_completion", "alpaca", "chat"]
-type Column = Literal[
-    "text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations"
-]
+from lorafusion_jax.config.data import DataConfig, data_path
+from lorafusion_jax.config.data import SourceConfig as SourceConfig
+from lorafusion_jax.config.section import Section
 
 MIN_DROPOUT = 1 / 512
-HUB = "hf://"
-HUB_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", re.ASCII)
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 WINDOWS_DEVICES = frozenset(
     ["con", "prn", "aux", "nul", *(f"{p}{i}" for p in ("com", "lpt") for i in range(10))]
 )
-
-
-class Section(BaseModel):
-    """Base of all sections: strict, immutable, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BaseModelConfig(Section):
@@ -143,101 +134,6 @@ class ReportConfig(Section):
     project: str = Field(default="lorafusion", min_length=1)
 
 
-class SourceConfig(Section):
-    """One of several sources of a job's training data.
-
-    Attributes:
-        path: JSONL, CSV, TSV or Parquet file, a data set folder saved by `datasets`, or
-            hf://OWNER/NAME for one of the Hugging Face Hub.
-        weight: share of the job's samples that come from here, relative to the other weights; all
-            sources or none have one. Without, each row is seen once an epoch.
-        format: structure of the rows; auto looks at the keys of the first row.
-        columns: names of the columns or keys in the file, where they are not the format's, as in
-            {prompt: question, completion: answer}.
-        split: which split of a data set of the Hub or a folder; files have none.
-        subset: which configuration of a data set of the Hub.
-    """
-
-    path: str = Field(min_length=1)
-    weight: float | None = Field(default=None, gt=0)
-    format: Format = "auto"
-    columns: dict[Column, Annotated[str, Field(min_length=1)]] = {}
-    split: str = Field(default="train", min_length=1)
-    subset: str | None = Field(default=None, min_length=1)
-
-    @field_validator("path")
-    @classmethod
-    def _readable(cls, path: str) -> str:
-        return _data_path(path)
-
-
-class DataConfig(Section):
-    """A job's training data: one path, or several sources that are mixed.
-
-    Attributes:
-        path: JSONL, CSV, TSV or Parquet file, a data set folder saved by `datasets`, or
-            hf://OWNER/NAME for one of the Hugging Face Hub.
-        sources: several paths in its place, each with its own keys, mixed by weight.
-        format: structure of the rows; auto looks at the keys of the first row.
-        columns: names of the columns or keys in the file, where they are not the format's, as in
-            {prompt: question, completion: answer}.
-        split: which split of a data set of the Hub or a folder; files have none.
-        subset: which configuration of a data set of the Hub.
-        system: system prompt: the first turn of every chat that has none, or a paragraph in front
-            of every prompt.
-        train_on_prompt: learn the prompts and all turns too, not only the answers.
-        last_turn_only: of a chat, learn only the last answer.
-    """
-
-    path: str | None = Field(default=None, min_length=1)
-    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
-    format: Format = "auto"
-    columns: dict[Column, Annotated[str, Field(min_length=1)]] = {}
-    split: str = Field(default="train", min_length=1)
-    subset: str | None = Field(default=None, min_length=1)
-    system: str | None = Field(default=None, min_length=1)
-    train_on_prompt: bool = False
-    last_turn_only: bool = False
-
-    @field_validator("path")
-    @classmethod
-    def _readable(cls, path: str | None) -> str | None:
-        return None if path is None else _data_path(path)
-
-    @model_validator(mode="after")
-    def _one_kind_of_source(self) -> Self:
-        if (self.path is None) == (not self.sources):
-            raise ValueError(
-                "path and sources are both given, expected one of them"
-                if self.sources
-                else "path: missing (or sources, for several files)"
-            )
-        own = {"format", "columns", "split", "subset"} & self.model_fields_set
-        if self.sources and any(getattr(self, key) for key in own & {"columns", "subset"}):
-            raise ValueError("with sources, columns and subset belong to each source")
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise ValueError("some sources have a weight and some do not, expected all or none")
-        if self.train_on_prompt and self.last_turn_only:
-            raise ValueError("train_on_prompt and last_turn_only exclude each other")
-        return self
-
-    @property
-    def parts(self) -> tuple[SourceConfig, ...]:
-        """Its sources; the path alone as one."""
-        return self.sources or (self.at(self.path or ""),)
-
-    def at(self, path: str) -> SourceConfig:
-        """Returns a path with this section's own keys, as for held-out rows."""
-        return SourceConfig(
-            path=path,
-            format=self.format,
-            columns=self.columns,
-            split=self.split,
-            subset=self.subset,
-        )
-
-
 class LoraConfig(Section):
     """The adapter.
 
@@ -267,8 +163,8 @@ class LoraConfig(Section):
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: int | Annotated[tuple[int, ...], Field(strict=False)] | None = None
     layers_pattern: str | tuple[str, ...] | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=256)]] = {}
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=256)]] = Field(default={})
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
     init: Literal["default", "gaussian"] = "default"
     init_from: str | None = Field(default=None, min_length=1)
 
@@ -450,7 +346,7 @@ class EvalConfig(Section):
     @field_validator("path")
     @classmethod
     def _readable(cls, path: str | None) -> str | None:
-        return None if path is None else _data_path(path)
+        return None if path is None else data_path(path)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -570,13 +466,3 @@ class RunConfig(Section):
                     "devices: remove them, or set parallel to one device"
                 )
         return self
-
-
-def _data_path(path: str) -> str:
-    if "://" in path.removeprefix(HUB):
-        raise ValueError(f"got {path!r}, expected a local file or folder, or {HUB}OWNER/NAME")
-    if path.startswith(HUB) and not HUB_NAME.fullmatch(path.removeprefix(HUB)):
-        raise ValueError(f"got {path!r}, expected {HUB}OWNER/NAME")
-    if "\0" in path:
-        raise ValueError(f"got {path!r}, expected a path without NUL")
-    return path
