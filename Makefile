@@ -64,7 +64,7 @@ test-wheel: $(READY)
 	$(PY) -m pytest -m slow tests/packaging/test_wheel.py
 
 test-gpu: $(READY)
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu
+	PY=$(PY) tests/gpu.sh
 
 # Every scenario of docs/reliability.md; QUICK=1 leaves out the slow ones and writes nothing.
 scoreboard: $(READY)

@@ -74,7 +74,10 @@ def _dropped(x: Float[Array, "T K"], routing: Routing) -> Float[Array, "T K"]:
     """drop(X), with exact zeros in padding rows and in rows without an adapter."""
     rate = _row_values(routing, routing.rate)
     kept = keep_mask(routing.row_key, routing.site, rate, x.shape[1]) & _live_rows(routing)
-    return jnp.where(kept, x * keep_scale(rate)[:, None].astype(x.dtype), jnp.zeros((), x.dtype))
+    acc = _accumulator_dtype(x.dtype)
+    # In bfloat16 the factor itself would be off by up to 0.4%, all one way.
+    scaled = (x.astype(acc) * keep_scale(rate)[:, None].astype(acc)).astype(x.dtype)
+    return jnp.where(kept, scaled, jnp.zeros((), x.dtype))
 
 
 def _tiles(x: Float[Array, "T C"], num_tiles: int) -> Float[Array, "tiles P C"]:

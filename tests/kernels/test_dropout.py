@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dropout import job_seed, keep_mask, keep_scale, row_keys
-from tests.kernels.oracle import keep_of_row
+from tests.kernels.oracle import keep_of_row, keep_of_rows
 
 SITE = jnp.full((1,), 8 * 3 + 2, jnp.uint32)
 
@@ -24,6 +24,7 @@ def test_mask_bits_follow_the_definition(columns):
     for t in range(12):
         expected = keep_of_row(int(keys[t]), int(SITE[0]), float(rates[t]), columns)
         np.testing.assert_array_equal(mask[t], expected)
+    np.testing.assert_array_equal(mask, keep_of_rows(keys, int(SITE[0]), rates, columns))
 
 
 @pytest.mark.scenario("B7")

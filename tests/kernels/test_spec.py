@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import fused_lora, fused_multi_lora
 from pallas_kernels.dropout import keep_mask, keep_scale
 from pallas_kernels.lora import spec
-from tests.kernels.oracle import Results, errors, make_problem, run, truth
+from tests.kernels.oracle import Results, errors, fast_truth, make_problem, run, truth
 
 fused = partial(fused_multi_lora, implementation="xla")
 
@@ -32,6 +32,20 @@ SHAPES = {
 def test_float32_equals_the_truth(shape):
     p = make_problem(**shape)
     assert max(errors(run(spec, p), truth(p)).values()) < 2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_fast_truth_is_the_truth(shape):
+    p = make_problem(**shape)
+    assert max(errors(fast_truth(p), truth(p)).values()) < 1e-12
+
+
+def test_no_formula_beats_the_error_of_rounding_alone():
+    p = make_problem(dtype=jnp.bfloat16, k=256, ns=(128, 64), rank=8, padding=(3, 4))
+    want = truth(p)
+    least, spec_ = errors(fast_truth(p, rounded=True), want), errors(run(spec, p), want)
+    for name, error in spec_.items():
+        assert 0.9 * least[name] < error < 2 * least[name], (name, error, least[name])
 
 
 def _naive(p):

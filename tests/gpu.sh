@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The GPU suite, by `make test-gpu`: accuracy, repeatability, isolation, then NVIDIA's sanitizer on
+# two shapes. About 6 minutes on an H100. PY is the interpreter; QUICK=1 leaves out the sanitizer.
+set -uo pipefail
+PY=${PY:-python}
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+# XLA's own products are not under test: choosing the fastest of each takes most of the time.
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0"
+failed=0
+
+step() {  # step SECONDS NAME COMMAND...
+    local limit=$1 name=$2 begin=$SECONDS
+    shift 2
+    timeout "$limit" "$@"
+    local code=$?
+    echo "== $name: exit $code after $((SECONDS - begin)) s"
+    [ "$code" -eq 0 ] || failed=1
+}
+
+step 330 "pytest -m gpu" "$PY" -m pytest -m gpu --durations=8 "$@"
+if [ -z "${QUICK:-}" ]; then
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
+    if [ -z "$sanitizer" ]; then
+        echo "== compute-sanitizer is not installed: memcheck and racecheck were NOT run"
+    else
+        for tool in memcheck racecheck; do
+            step 75 "compute-sanitizer $tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+                --kernel-name kernel_substring=lora_ "$PY" -m tests.kernels.two_shapes
+        done
+    fi
+fi
+exit "$failed"
