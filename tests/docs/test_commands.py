@@ -31,7 +31,12 @@ def reader(tmp_path, tiny_model, monkeypatch):
     shutil.copytree(tiny_model, tmp_path / "my-model")
     for name in ("examples", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shim = tmp_path / "bin" / "lorafusion"  # for commands within pipes and redirections
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lorafusion_jax.cli "$@"\n')
+    shim.chmod(0o755)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(shim.parent), os.environ["PATH"]]))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "sched")]))
     return Reader(tmp_path)
 
