@@ -221,7 +221,7 @@ def _detect(row: dict[str, Any], columns: Columns) -> Kind:
     keys = ", ".join(repr(key[:30]) for key in list(row)[:8]) or "none"
     raise ValueError(
         f"got keys {keys}, expected text, or prompt and completion, or instruction and output, "
-        "or messages; data.columns can map other names, as in {prompt: question, completion: answer}"
+        "or messages; data.columns maps other names: {prompt: question, completion: answer}"
     )
 
 
