@@ -22,7 +22,7 @@ from lorafusion_jax.models import attention_cudnn, attention_xla
 from lorafusion_jax.models.attention_cudnn import Operand
 from lorafusion_jax.models.attention_xla import Scoring
 
-type Implementation = Literal["cudnn", "xla"]
+type AttentionImplementation = Literal["cudnn", "xla"]
 
 
 @jax.tree_util.register_static
@@ -61,7 +61,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
-    implementation: Implementation | None = None,
+    implementation: AttentionImplementation | None = None,
 ) -> Float[Array, "T H D"]:
     """Attends from each row to the rows of its own sample up to itself.
 
@@ -96,7 +96,7 @@ def attention(
     return _guarded((_IMPLEMENTATIONS[implementation], scoring), q, k, v, segments)
 
 
-def choose(q: Operand, k: Operand, segments: Segments, scoring: Scoring) -> Implementation:
+def choose(q: Operand, k: Operand, segments: Segments, scoring: Scoring) -> AttentionImplementation:
     """Returns the implementation that `attention` takes for operands of these shapes."""
     return "xla" if attention_cudnn.refusal(q, k, segments, scoring) else "cudnn"
 
@@ -153,7 +153,7 @@ def _by_cudnn(q, k, v, segments: Segments, scoring: Scoring):
     return attention_cudnn.attend(q, k, v, segments.offsets, scoring)
 
 
-_IMPLEMENTATIONS: dict[Implementation, Callable] = {"cudnn": _by_cudnn, "xla": _by_xla}
+_IMPLEMENTATIONS: dict[AttentionImplementation, Callable] = {"cudnn": _by_cudnn, "xla": _by_xla}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from lorafusion_jax.bench.results import write_results
 from tests.reliability.scenarios import SCENARIOS, SECTIONS, Scenario
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/reliability.md")
@@ -276,10 +277,8 @@ def main() -> int:
 
 
 def _write(path: Path, device: str, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     command = "make scoreboard" if device == "cpu" else "make scoreboard-gpu"
-    record = {"bench": "reliability", "command": command, "device": device, "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    write_results("reliability", rows, command=command, device=device, root=path.parents[1])
 
 
 def _device() -> str:
