@@ -5,7 +5,17 @@ import importlib.util
 
 from lorafusion_jax.errors import ConfigError
 
-_KNOWN = ("kernels", "layer", "training", "schedule", "pipeline", "scaling", "demo", "sweep")
+_KNOWN = (
+    "kernels",
+    "layer",
+    "training",
+    "schedule",
+    "pipeline",
+    "scaling",
+    "demo",
+    "sweep",
+    "saving",
+)
 
 
 def names() -> list[str]:
