@@ -1,5 +1,6 @@
 """Listeners that write: metrics.jsonl of each job, events.jsonl, train.log and summary.md."""
 
+import errno
 import json
 import math
 import time
@@ -8,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from lorafusion_jax.errors import ResourceError
 from lorafusion_jax.train.comparison import cell, sweep_tables
 from lorafusion_jax.train.events import (
     CheckpointSaved,
@@ -41,9 +43,22 @@ class JsonLines:
         self._file: TextIO = open(path, "a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Adds a line."""
-        self._file.write(_json_line(line))
-        self._file.flush()
+        """Adds a line.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        text = _json_line(line)
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise ResourceError(
+                f"the disk is full: {len(text)} bytes could not be written to {self._file.name}; "
+                "the last checkpoint is intact, free some space and run the same command again"
+            ) from error
 
     def close(self) -> None:
         """Closes the file."""

@@ -5,7 +5,8 @@
 A scenario passes when all tests that carry its mark pass, one at least; a skipped test shows
 nothing. Results are kept in docs/results/<device>/reliability.json, and the table of
 docs/reliability.md is made from these files. With `--only`, the other rows stay as they were.
-`--quick` leaves out slow tests and writes nothing. `--gpu` runs the GPU tests instead and writes
+`--quick` leaves out slow tests; with `--write` its results are kept, with a star where a slow test
+of the scenario was left out. `--gpu` runs the GPU tests instead and writes
 the file of that device: the only way in which a scenario that needs a GPU passes. `--show` runs
 nothing.
 """
@@ -31,7 +32,7 @@ _MARKED = re.compile(r"(<!-- scoreboard -->\n).*?(<!-- end -->)", re.S)
 
 _MARKS = re.compile(r"pytest\.mark\.scenario\((.*?)\)", re.S)
 
-type Row = dict[str, str | list[str]]
+type Row = dict[str, str | bool | list[str]]
 
 
 def scenarios_of(item: pytest.Item) -> list[str]:
@@ -52,17 +53,22 @@ class Recorder:
 
     Attributes:
         wanted: scenarios to run; others are left out.
+        quick: slow tests are left out.
         outcomes: worst outcome of each test (without its parameters) of each scenario.
     """
 
     wanted: frozenset[str]
+    quick: bool = False
     outcomes: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         """Leaves out tests that show no wanted scenario."""
         self._shows = {item.nodeid: self.wanted & {*scenarios_of(item)} for item in items}
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        self._cut = {name for item in slow for name in self._shows[item.nodeid]}
         config.hook.pytest_deselected(items=[i for i in items if not self._shows[i.nodeid]])
         items[:] = [item for item in items if self._shows[item.nodeid]]
 
@@ -86,6 +92,7 @@ class Recorder:
                 "date": today,
                 "commit": commit,
                 "tests": sorted(tests),
+                "without_slow": self.quick and name in self._cut,
             }
             for name, tests in self.outcomes.items()
         ]
@@ -111,7 +118,7 @@ def run(wanted: Iterable[str], *, quick: bool, gpu: bool) -> list[Row]:
         SystemExit: pytest did not get to the end.
     """
     choice = "scenario and gpu" if gpu else "scenario and not gpu and not torch"
-    recorder = Recorder(frozenset(wanted))
+    recorder = Recorder(frozenset(wanted), quick)
     expression = choice + (" and not slow" if quick else "")
     files = [str(path) for path in files_showing(recorder.wanted)]
     if not files:
@@ -161,7 +168,11 @@ class Board:
         row = (self.gpu if scenario.needs_gpu else self.cpu).get(scenario.id)
         if row is None:
             return "not run here" if scenario.needs_gpu else "no test"
-        return str(row["result"])
+        return str(row["result"]) + ("*" if row.get("without_slow") else "")
+
+    def passed(self, scenario: Scenario) -> bool:
+        """Says whether a scenario counts."""
+        return self.verdict(scenario).rstrip("*") == "passed"
 
     def gpu_verdict(self, scenario: Scenario) -> str:
         """The same for the part that a GPU shows; empty where there is none."""
@@ -179,8 +190,7 @@ class Board:
         passed = sum(
             s.weight
             for s in SCENARIOS.values()
-            if self.verdict(s) == "passed"
-            and not (with_gpu and self.gpu_verdict(s) not in ("", "passed"))
+            if self.passed(s) and not (with_gpu and self.gpu_verdict(s) not in ("", "passed"))
         )
         return passed / sum(s.weight for s in SCENARIOS.values())
 
@@ -206,7 +216,7 @@ def read_board(root: Path = RESULTS) -> Board:
 def closing_lines(board: Board) -> list[str]:
     """Returns what is printed below the table; the score is the last line."""
     blockers = [s for s in SCENARIOS.values() if s.weight == 3]
-    passed = sum(board.verdict(s) == "passed" for s in blockers)
+    passed = sum(board.passed(s) for s in blockers)
     wants = [s for s in SCENARIOS.values() if s.wants_gpu]
     shown = sum(board.gpu_verdict(s) == "passed" for s in wants)
     return [
@@ -232,7 +242,8 @@ def markdown(board: Board) -> str:
             for s in SCENARIOS.values()
             if s.id.startswith(letter)
         ]
-    return "\n".join(lines) + "\n\n" + "  \n".join(closing_lines(board)) + "\n"
+    note = "`*`: without the slow tests of the scenario.\n\n"
+    return "\n".join(lines) + "\n\n" + note + "  \n".join(closing_lines(board)) + "\n"
 
 
 def rendered(page: str, board: Board) -> str:
@@ -251,6 +262,7 @@ def main() -> int:
     """Runs, writes and prints; 1 if a scenario that was run failed."""
     parser = argparse.ArgumentParser(prog="scoreboard", description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--show", action="store_true")
@@ -266,7 +278,7 @@ def main() -> int:
     device = _device() if options.gpu else "cpu"
     path = RESULTS / device / "reliability.json"
     rows = merged(load(path), rows, wanted)
-    if options.quick:
+    if options.quick and not options.write:
         board = Board({str(row["id"]): row for row in rows}, board.gpu)
     else:
         _write(path, device, rows)

@@ -241,6 +241,7 @@ def test_without_a_guard_a_spike_is_applied(tmp_path, monkeypatch):
     assert trainer(tmp_path / "run", sql=settings).fit()["sql"].rejected == 0
 
 
+@pytest.mark.scenario("G6")
 def test_a_closed_terminal_does_not_stop_training(tmp_path, whole):
     told = []
 

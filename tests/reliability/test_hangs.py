@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.errors import DataError, ResourceError
-from lorafusion_jax.train import loop
+from lorafusion_jax.train import loop, metrics
 from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.watchdog import Watchdog
 from tests.reliability.nursery import nursery
@@ -235,3 +235,32 @@ def test_out_of_memory_is_explained_with_what_was_planned(tmp_path, monkeypatch)
     monkeypatch.setattr(loop.Run, "_train", real)
     results = trainer(tmp_path / "run").fit()
     assert np.isfinite(results["sql"].eval_loss)
+
+
+@pytest.mark.scenario("A6")
+def test_a_disk_that_is_full_of_metrics_ends_the_run_and_it_goes_on_later(tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    trainer(whole).fit()
+    real, left = metrics.JsonLines.write, [12]
+
+    class Full:
+        name = str(tmp_path / "metrics.jsonl")
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    def write(lines, line):
+        left[0] -= 1
+        if left[0] < 0:
+            lines._file.close()
+            lines._file = Full()
+        real(lines, line)
+
+    monkeypatch.setattr(metrics.JsonLines, "write", write)
+    monkeypatch.setattr(metrics.JsonLines, "close", lambda lines: None)
+    with pytest.raises(ResourceError, match=r"bytes could not be written to .*metrics\.jsonl") as e:
+        trainer(tmp_path / "run").fit()
+    assert e.value.exit_code == 5
+    monkeypatch.undo()
+    trainer(tmp_path / "run").fit()
+    assert final_state(tmp_path / "run") == final_state(whole)

@@ -44,7 +44,9 @@ def test_an_interrupt_leaves_with_130_and_writes_nothing(tmp_path):
                         for n in range(8)]}  # fmt: skip
     (tmp_path / "lengths.json").write_text(json.dumps(content))
     code = (
-        "import sys, lorafusion_sched.cli as c; print('ready', flush=True); "
+        # What starts a test in the background may have told it to ignore interrupts.
+        "import signal, sys, lorafusion_sched.cli as c; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); print('ready', flush=True); "
         "sys.exit(c.main(sys.argv[1:]))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT / "sched")}

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from lorafusion_jax.errors import CheckpointError
+from lorafusion_jax.errors import CheckpointError, ConfigError
 from lorafusion_jax.lora.peft_io import load_peft
+from lorafusion_jax.models.decoder import Decoder
+from lorafusion_jax.models.hf_weights import Base, random_base
 from lorafusion_jax.train import manifest
 from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.run_folder import open_run
 from lorafusion_sched import PlanError, from_json, to_json
 from tests.golden.make_release import losses, make, processor
-from tests.train.tiny import tiny_base
+from tests.train.tiny import CONFIG, tiny_base
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASES = sorted(GOLDEN.glob("release-*"))
@@ -62,3 +67,22 @@ def test_losses_are_those_of_the_release(tmp_path):
         assert found[name] == pytest.approx(values, rel=2e-5)
     other = [x * (1 + 1e-4) for x in golden["losses"]["sql"]]  # the twin
     assert found["sql"] != pytest.approx(other, rel=2e-5)
+
+
+@pytest.mark.scenario("A9")
+@pytest.mark.parametrize("change", ["weights", "dimensions", "dtype"])
+def test_another_model_is_refused_and_nothing_changes(tmp_path, change):
+    run = tmp_path / "run"
+    shutil.copytree(RELEASES[-1], run)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"}
+    made = make(run)
+    if change == "weights":
+        made._base = random_base(CONFIG, 1)
+    elif change == "dimensions":
+        made._base = random_base(replace(CONFIG, intermediate_size=64), 0)
+    else:
+        model = Decoder(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        made._base = Base(model, CONFIG, "", "random", None)
+    with pytest.raises(ConfigError, match=r"not the run that.*(?s:.*)base\."):
+        made.fit()
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"} == before
