@@ -31,7 +31,7 @@ def main(arguments: list[str], root: Path = RESULTS) -> int:
     """Writes sweep.json under docs/results/<device>/; returns the exit code."""
     if len(arguments) != 1:
         raise ConfigError("expected one argument, the folder of the sweep's run")
-    command = "lorafusion train examples/sweep_demo.yaml"
+    command = "lorafusion train examples/sweep_demo.yaml --set base.model=MODEL"
     print(write_results("sweep", rows_of(open_run(arguments[0])), command=command, root=root))
     return 0
 

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from lorafusion_jax.bench import sweep
 from lorafusion_jax.cli.prepare import prepare
 from lorafusion_jax.cli.training import read_config
 from lorafusion_jax.config import load_config
 
 
-def test_a_sweep_ends_with_a_table_sorted_by_held_out_loss(lorafusion, project):
+def test_a_sweep_ends_with_a_table_sorted_by_held_out_loss(lorafusion, project, tmp_path):
     over = ["--over", "optim.lr=[1.0e-6, 5.0e-2]", "--over", "lora.r=[2, 4]"]
     words = ["sweep", project, "numbers", *over, "--plain", "--max-steps", "3"]
     code, out, err = lorafusion(*words)
@@ -26,13 +27,19 @@ def test_a_sweep_ends_with_a_table_sorted_by_held_out_loss(lorafusion, project):
     assert table[0].split()[:3] == ["job", "optim.lr", "lora.r"]
     assert [line.split()[0] for line in table[1:5]] == [row["job"] for row in rows]
     summary = (run / "summary.md").read_text()
+    assert sweep.main([str(run)], root=tmp_path / "results") == 0
+    (written,) = (tmp_path / "results").glob("*/sweep.json")
+    record = json.loads(written.read_text())
+    assert (
+        record["bench"] == "sweep" and [row["sweep"] for row in record["rows"]] == ["numbers"] * 4
+    )
     assert "## Sweep of numbers" in summary and f"| {rows[0]['job']} | 0.05 |" in summary
 
 
 def test_points_of_a_sweep_share_all_but_what_is_swept(project):
     (project.parent / "one.yaml").write_text(project.read_text())
-    sweep = "jobs.numbers.sweep={lora.r: [4, 8]}"
-    points = prepare(read_config(project, [sweep], jobs="numbers")).jobs
+    grid = "jobs.numbers.sweep={lora.r: [4, 8]}"
+    points = prepare(read_config(project, [grid], jobs="numbers")).jobs
     (hand,) = prepare(read_config(project, jobs="numbers")).jobs
     assert [job.name for job in points] == ["numbers-r4", "numbers-r8"]
     for point in points:
@@ -42,8 +49,8 @@ def test_points_of_a_sweep_share_all_but_what_is_swept(project):
 
 
 def test_one_point_of_a_sweep_can_be_chosen(project):
-    sweep = "jobs.numbers.sweep={lora.r: [4, 8]}"
-    config = read_config(project, [sweep], jobs="numbers-r8,plain", max_steps=5)
+    grid = "jobs.numbers.sweep={lora.r: [4, 8]}"
+    config = read_config(project, [grid], jobs="numbers-r8,plain", max_steps=5)
     assert [(job.name, job.train.max_steps) for job in config.jobs] == [
         ("numbers-r8", 5),
         ("plain", 5),
