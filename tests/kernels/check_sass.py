@@ -66,8 +66,11 @@ def _sharding(capability):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def compile_for(capability, function, arguments) -> list[dict]:
-    """Compiles and returns name, registers, spilled bytes and serialisation of each kernel."""
+def compile_for(capability, function, arguments) -> tuple[list[dict], int]:
+    """Compiles; returns name, registers, spilled bytes and serialisation of each kernel.
+
+    Also returns the bytes of temporary memory that the whole program takes.
+    """
 
     def place(value):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=_sharding(capability))
@@ -82,7 +85,7 @@ def compile_for(capability, function, arguments) -> list[dict]:
         os.dup2(log.fileno(), 2)
         try:
             with shipped.lowering_for(capability):
-                lowered.compile()
+                compiled = lowered.compile()
         finally:
             os.dup2(kept[0], 1)
             os.dup2(kept[1], 2)
@@ -92,7 +95,7 @@ def compile_for(capability, function, arguments) -> list[dict]:
             text = log.read().decode(errors="replace")
             if sys.exc_info()[0]:
                 print(text[-4000:])
-        return parse(text)
+    return parse(text), compiled.memory_analysis().temp_size_in_bytes
 
 
 def parse(log: str) -> list[dict]:
@@ -119,8 +122,13 @@ def check(capability, words: list[str]) -> int:
     for name, (own, function, arguments) in shipped.programs().items():
         if own != capability or (words and not any(word in name for word in words)):
             continue
-        kernels = compile_for(capability, function, arguments)
+        kernels, temporary = compile_for(capability, function, arguments)
         bad += not kernels
+        rows, columns = arguments[0].shape
+        share = temporary / (rows * columns * arguments[0].dtype.itemsize)
+        large = name in shipped.MODEL_SIZED and share > 0.5
+        bad += large
+        print(f"{'BAD ' if large else 'ok  '}{name:<28} temporary memory {share:.3f} of X's size")
         for kernel in kernels:
             wrong = kernel["spilled"] > 0 or kernel["serialized"]
             bad += wrong

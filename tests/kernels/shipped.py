@@ -25,6 +25,9 @@ CASES = {  # rows, in, outs, rank, slots
     "ragged rows": (1001, 256, (192,), 16, 1),
 }
 
+# Cases in which a temporary of an activation's size would show.
+MODEL_SIZED = ("single", "grouped", "grouped, rank 64", "rank 64, 8 adapters")
+
 
 def arguments(rows, k, ns, rank, slots, dtype=jnp.bfloat16):
     """Abstract operands of a forward and a backward pass."""
