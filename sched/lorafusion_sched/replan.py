@@ -79,7 +79,7 @@ def replan(
         rest = _pack_rest(asked, done, past)
     else:
         rest = _strip(current.microbatches[cursor:], set(ended), problem)
-        rest = _beside(rest, added, problem)
+        rest = _beside(rest, added, problem, done)
     changed = replace(current, microbatches=(*done, *rest))
     verify(asked, changed)
     return Revision(asked, changed)
@@ -166,7 +166,9 @@ def _strip(rest: Sequence[Microbatch], ended: set[str], problem: Problem) -> lis
     return kept
 
 
-def _beside(rest: list[Microbatch], added: Sequence[Job], problem: Problem) -> list[Microbatch]:
+def _beside(
+    rest: list[Microbatch], added: Sequence[Job], problem: Problem, done: Sequence[Microbatch]
+) -> list[Microbatch]:
     """Puts new jobs into slots of their own, evenly between those of the others."""
     if not added:
         return rest
@@ -175,7 +177,9 @@ def _beside(rest: list[Microbatch], added: Sequence[Job], problem: Problem) -> l
     theirs, new = (
         [list(mbs[at : at + width]) for at in range(0, len(mbs), width)] for mbs in (rest, own)
     )
-    present = {stretch.job for mb in rest for stretch in mb.stretches}
+    # Adapter slots of jobs that have just ended are not free yet.
+    recent = done[max(0, len(done) - width * (problem.distance - 1)) :]
+    present = {stretch.job for mb in (*recent, *rest) for stretch in mb.stretches}
     if problem.max_active is not None and len(present) + len(added) > problem.max_active:
         empty = Microbatch((), problem.capacities[0])
         pause = [empty] * (width * (problem.distance - 1))

@@ -133,6 +133,16 @@ def test_a_job_that_joins_waits_for_a_slot_to_be_free():
     assert 4 <= sooner[0] < starts[0]
 
 
+@pytest.mark.parametrize("repack", [True, False])
+def test_a_slot_is_not_free_right_after_its_job(repack):
+    """On a pipeline the last update of an ended job is still on its way for `distance` slots."""
+    problem = Problem(jobs=(job("a", 2, 1),), capacities=(2048,), distance=4, max_active=1)
+    before = plan(problem)
+    count = len(before.microbatches)
+    changed = replan(problem, before, count, added=(job("b", 1, 2),), repack=repack).plan
+    assert [bool(mb.stretches) for mb in changed.microbatches[count:]][:4] == [False] * 3 + [True]
+
+
 def test_too_many_jobs_at_a_time_are_caught():
     problem = four_jobs()
     everyone = plan(problem)
