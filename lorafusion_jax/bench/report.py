@@ -66,6 +66,8 @@ TABLES = {
             Column("our_float32_error", "our error", ".1e"),
             Column("peft_float32_error", "PEFT's error", ".1e"),
             Column("error_ratio", "ratio", ".2f"),
+            Column("our_gradient_error", "our gradient", ".1e"),
+            Column("peft_gradient_error", "PEFT's gradient", ".1e"),
             Column("merged_error", "merged model", ".1e"),
             Column("uniform_error", "one rank and scale", ".1e"),
         ),
