@@ -17,4 +17,4 @@ def test_wrong_shape_is_caught_at_the_border_of_a_function():
 def test_int_is_a_float():
     from lorafusion_jax.train.events import CheckpointSaved
 
-    assert CheckpointSaved(step=1, seconds=2, path="").seconds == 2
+    assert CheckpointSaved(step=1, seconds=2, blocked=0, path="").seconds == 2
