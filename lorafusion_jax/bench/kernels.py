@@ -42,7 +42,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, default=None, help="table of tile sizes to use")
     parser.add_argument("--graphs", action="store_true", help="let XLA make CUDA graphs")
     parser.add_argument("--peft-baseline", type=Path, default=None, help="JSON to take rows from")
-    parser.add_argument("--output", type=Path, default=None, help="folder for kernels.json")
+    parser.add_argument("--output", type=Path, default=None, help="folder of the results")
     return parser.parse_args(arguments)
 
 
@@ -146,14 +146,14 @@ def peft_rows(path: Path) -> list[dict]:
     """Reads the rows of PEFT, plain and under torch.compile, from a baseline's JSON.
 
     Args:
-        path: a list of {"case": [tokens, k, n, r, p], "methods": {name: {pass: ms}}}.
+        path: {"results": [{"case": [tokens, k, n, r, p], "methods": {name: {pass: ms}}}]}.
 
     Raises:
         ConfigError: the file is not that.
     """
     rows = []
     try:
-        for record in json.loads(path.read_text()):
+        for record in json.loads(path.read_text())["results"]:
             tokens, k, n, r, p = record["case"]
             frozen = record["methods"]["frozen"]
             for theirs, ours in _PEFT_NAMES.items():
@@ -167,8 +167,8 @@ def peft_rows(path: Path) -> list[dict]:
                         })  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: no PEFT baseline in it ({type(error).__name__}: {error}); expected a list of "
-            "{case: [tokens, k, n, r, p], methods: {frozen, peft, compile: {fwd, bwd, fwdbwd}}}"
+            f"{path}: no PEFT baseline in it ({type(error).__name__}: {error}); expected "
+            "{results: [{case: [tokens, k, n, r, p], methods: {frozen, peft, compile: {fwdbwd}}}]}"
         ) from None
     return rows
 
@@ -229,5 +229,6 @@ def main(arguments: list[str]) -> int:
             rows += found
             if options.output:  # after every case: a benchmark cut short leaves what it has
                 root, device = options.output.parent, options.output.name
-                write_results("kernels", rows, device=device, root=root)
+                name = "kernel_variants" if options.variants else "kernels"
+                write_results(name, rows, device=device, root=root)
     return 0

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lorafusion_jax.bench import kernel_variants, kernels, roofline
+from lorafusion_jax.bench import kernel_variants, kernels, linears, roofline, timing
 from lorafusion_jax.bench.linears import Case, make_operands, xla_best
 from lorafusion_jax.errors import ConfigError
 from pallas_kernels import fused_multi_lora, tables
@@ -41,10 +41,11 @@ def test_tuning_keeps_the_fastest_and_its_table_can_be_read(tmp_path):
 def test_peft_rows_are_ratios_to_their_own_frozen_linear(tmp_path):
     path = tmp_path / "peft.json"
     times = {"frozen": {"fwdbwd": 2.0}, "peft": {"fwdbwd": 3.0}, "compile": {"error": "none"}}
-    path.write_text(json.dumps([{"case": [8192, 4096, 4096, 16, 0.1], "methods": times}]))
+    record = {"case": [8192, 4096, 4096, 16, 0.1], "methods": times}
+    path.write_text(json.dumps({"results": [record]}))
     (row,) = kernels.peft_rows(path)
     assert (row["impl"], row["ratio_to_frozen"], row["adapters"]) == ("peft", 1.5, 1)
-    for text in ("", "[{}]", '{"case": 1}'):
+    for text in ("", "[]", '{"results": [{"case": 1}]}'):
         path.write_text(text)
         with pytest.raises(ConfigError, match="no PEFT baseline"):
             kernels.peft_rows(path)
@@ -72,6 +73,24 @@ def test_the_best_xla_formula_computes_the_same_as_the_op():
         results.append(jax.tree.leaves((ys, pullback(o.dys))))
     for one, other in zip(*results, strict=True):
         assert relative_error(np.asarray(one), np.asarray(other)) < 0.01
+
+
+def test_variants_are_timed_side_by_side(monkeypatch):
+    """The plumbing, with XLA in the place of the kernels."""
+
+    def ours(o):
+        return fused_multi_lora(o.x, o.ws, o.a, o.b, *o.routing, implementation="xla")
+
+    def instead_of_time(calls, rounds):
+        for function, sets in calls.values():
+            jax.block_until_ready([function(*arguments) for arguments in sets])
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setitem(linears.IMPLEMENTATIONS, "ours", ours)
+    monkeypatch.setattr(timing, "sustained", instead_of_time)
+    rows = kernels._compare_variants(Case(128, 16, (16,), 8, 0.1), rounds=1)
+    names = [f"ours: {name}" for name in (*kernel_variants.VARIANTS, "atomic")]
+    assert [row["impl"] for row in rows] == ["frozen", "ours", *names]
 
 
 def test_says_that_it_needs_a_gpu():
