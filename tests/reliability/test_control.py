@@ -103,6 +103,7 @@ def test_a_job_joins_and_the_others_keep_every_bit(tmp_path, whole):
     assert metrics(parts) == metrics(output)
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("C8")
 def test_packing_the_rest_anew_would_change_bits(tmp_path, whole, monkeypatch):
     """The twin: a job that joins the microbatches of the others."""
@@ -233,6 +234,7 @@ def test_too_many_spikes_stop_the_run_with_everything_saved(tmp_path, monkeypatc
     assert [x["step"] for x in lines if x.get("applied") is False] == [7, 8]  # flushed before
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("G8")
 def test_without_a_guard_a_spike_is_applied(tmp_path, monkeypatch):
     """The twin."""

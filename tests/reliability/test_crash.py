@@ -20,6 +20,11 @@ pytestmark = [
 ]
 
 
+def some(values, *quick):
+    """All values as parameters, those that are not named here marked as slow."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     with nursery(tmp_path_factory.mktemp("nursery")) as made:
@@ -55,7 +60,7 @@ def same_end(output, whole) -> None:
 
 
 @pytest.mark.scenario("A1", "G6")
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(runs, whole, tmp_path, kills):
     choice = random.Random(kills)
     output, done, saved = tmp_path / "run", 0, -1
@@ -92,7 +97,7 @@ def test_a_lost_moment_would_be_seen(whole, tmp_path):
 
 
 @pytest.mark.scenario("A2")
-@pytest.mark.parametrize("point", FAULT_POINTS)
+@pytest.mark.parametrize("point", some(FAULT_POINTS, "written", "pruning"))
 def test_death_at_each_point_of_a_save(runs, whole, tmp_path, point):
     output = tmp_path / "run"
     child = runs.start(output, die_at=f"{point}:3", config={"save": {"keep_last": 1}})
@@ -107,7 +112,9 @@ def test_death_at_each_point_of_a_save(runs, whole, tmp_path, point):
 
 
 @pytest.mark.scenario("A5")
-@pytest.mark.parametrize("moment", ["Compiling", "MicrobatchDone", "written", "Evaluated"])
+@pytest.mark.parametrize(
+    "moment", some(["Compiling", "MicrobatchDone", "written", "Evaluated"], "Compiling", "written")
+)
 def test_a_signal_ends_the_step_saves_and_leaves(runs, whole, tmp_path, moment):
     output = tmp_path / "run"
     signum = signal.SIGINT if moment == "Evaluated" else signal.SIGTERM
@@ -124,6 +131,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(runs, whole, tmp_path, moment):
     same_end(output, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("A5")
 def test_the_second_signal_leaves_at_once_and_the_last_step_is_intact(runs, whole, tmp_path):
     output = tmp_path / "run"
@@ -154,6 +162,7 @@ def test_a_full_disk_leaves_the_earlier_steps_and_the_run_goes_on_later(runs, wh
     same_end(output, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("B1")
 def test_two_processes_with_other_hash_seeds_have_the_same_bits(runs, tmp_path):
     outputs = [tmp_path / name for name in "ab"]

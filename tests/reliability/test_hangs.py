@@ -113,6 +113,7 @@ def test_a_stuck_collective_ends_with_the_stacks_of_all_threads(tmp_path):
     assert "the same command goes on" in stacks and "in wait" in stacks
 
 
+@pytest.mark.slow
 @pytest.mark.crash
 @pytest.mark.scenario("G3")
 def test_a_listener_or_loader_that_blocks_ends_the_run_and_it_goes_on_later(tmp_path):
