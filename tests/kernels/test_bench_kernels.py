@@ -29,7 +29,10 @@ def test_tuning_keeps_the_fastest_and_its_table_can_be_read(tmp_path):
 
     entries = kernel_variants.tune(CASE, report=lambda line: None, measure=measure)
     path = tmp_path / "table.json"
+    other = dict(entries[0], rows=64)
+    kernel_variants.write_table([other, dict(entries[0], us=1e9)], path)
     kernel_variants.write_table(entries, path)
+    assert json.loads(path.read_text())["entries"] == [other, *entries]
     with tables.using_table(path):
         for entry in entries:
             op = entry["op"]
