@@ -12,6 +12,7 @@ from lorafusion_jax.cli.view import duration, number
 from lorafusion_jax.plots import series, throughput
 from lorafusion_jax.report import charts
 from lorafusion_jax.report.markup import Child, el, table
+from lorafusion_jax.train.comparison import cell
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_sched import Plan, from_json
 
@@ -33,6 +34,7 @@ def page(folder: RunFolder) -> Element:
         *_head(folder, events, plan),
         el("h2", "Jobs"),
         _jobs(folder, metrics, events),
+        *_sweeps(folder),
         el("h2", "Held-out loss of all jobs"),
         charts.legend(jobs),
         charts.line_chart(_held_out(metrics), x="optimizer step", y="loss", size=(1040, 320)),
@@ -118,6 +120,18 @@ def _jobs(
             ]
         )
     return table(headings, rows)
+
+
+def _sweeps(folder: RunFolder) -> list[Element]:
+    """Returns the comparison of each sweep, the lowest held-out loss first."""
+    path = folder.path / "sweep.json"
+    if not path.is_file():
+        return []
+    parts = [el("h2", "Sweeps")]
+    for name, rows in json.loads(path.read_text(encoding="utf-8")).items():
+        headings = [key.replace("_", " ") for key in rows[0]]
+        parts += [el("h3", name), table(headings, [[*map(cell, row.values())] for row in rows])]
+    return parts
 
 
 def _held_out(metrics: Mapping[str, Records]) -> list[charts.Line]:

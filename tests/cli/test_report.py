@@ -107,6 +107,14 @@ def test_hostile_data_stay_text(run):
     assert page.count("<style>") == 1 and "\x00" not in page
 
 
+def test_sweeps_are_compared(run):
+    rows = [{"job": "a", "lora.r": 8, "best_loss": 1.25}, {"job": "<b>", "lora.r": 4}]
+    (run / "sweep.json").write_text(json.dumps({"chat": rows}))
+    page = write_report(open_run(run)).read_text()
+    assert "<h2>Sweeps</h2>" in page and '<th scope="col">lora.r</th>' in page
+    assert "&lt;b&gt;" in page and not problems_of(page)
+
+
 def test_check_of_the_page_catches_markup():
     tree = el("main", el("p", HOSTILE), el("p", title=HOSTILE))
     assert not problems_of(document(tree, title=HOSTILE))
