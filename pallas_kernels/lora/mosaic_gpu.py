@@ -65,9 +65,9 @@ def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> N
         raise NotImplementedError(f"rank {a[0].shape[1]}: the kernels go up to {MAX_RANK}")
 
 
-def _parts(group: int, rank: int) -> list[slice]:
-    """Projections that go through the kernels together: at most `MAX_RANKS` ranks."""
-    size = max(1, MAX_RANKS // _whole(rank))
+def _parts(group: int, rank: int, limit: int) -> list[slice]:
+    """Projections that go through the kernels together: at most `limit` ranks."""
+    size = max(1, limit // _whole(rank))
     return [slice(first, first + size) for first in range(0, group, size)]
 
 
@@ -102,7 +102,7 @@ def forward(
     x, routing = _padded_rows(x), routing._replace(row_key=_padded_rows(routing.row_key))
     rows = prepare(*routing)
     ys, ss = [], []
-    for part in _parts(len(ws), a[0].shape[1]):
+    for part in _parts(len(ws), a[0].shape[1], MAX_RANKS):
         some_ys, some_ss = _forward(x, ws[part], a[part], b[part], biases[part], rows)
         ys += some_ys
         ss += some_ss
@@ -113,7 +113,10 @@ def _forward(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Tiles):
     rank = a[0].shape[1]
     a, b = _operands(a, x.dtype), _operands(b, x.dtype)
     shape = _shape(x, ws, a)
-    ss = down(x, _side_by_side(a), rows, (shape.rank,) * len(ws), choose("down", shape))
+    ss = ()
+    for part in _parts(len(ws), rank, MAX_RANK):
+        some, ranks = a[part], (shape.rank,) * len(a[part])
+        ss += down(x, _side_by_side(some), rows, ranks, choose("down", _shape(x, ws[part], some)))
     ys = base_up(x, ws, ss, b, biases, rows, choose("base_up", shape))
     return ys, tuple(s[:, :rank] for s in ss)
 
@@ -134,7 +137,7 @@ def backward(
     x, ss, dys = jax.tree.map(_padded_rows, (x, ss, dys))
     rows = prepare(*routing)
     dxs, das, dbs = [], [], []
-    for part in _parts(len(ws), a[0].shape[1]):
+    for part in _parts(len(ws), a[0].shape[1], MAX_RANKS):
         dx, some_das, some_dbs = _backward(x, ws[part], a[part], b[part], ss[part], rows, dys[part])
         dxs.append(dx)
         das += some_das
