@@ -22,7 +22,14 @@ from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
 from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loop import Run
-from lorafusion_jax.train.memory import Step, choose_remat, device_bytes, moments_of, predict
+from lorafusion_jax.train.memory import (
+    Step,
+    choose_remat,
+    device_bytes,
+    largest_capacity,
+    moments_of,
+    predict,
+)
 from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.resume import Saved, restore_state, run_facts
@@ -76,21 +83,11 @@ def prepare_run(
     for notice in saved.notices:
         listener(Notice(notice))
     capacity = max(m.capacity for m in schedule.plan.microbatches)
-    chunk = loss_chunk(base.config.vocab_size, capacity)
-    step = Step(
-        base.config,
-        capacity,
-        num_slots,
-        max(job.max_rank for job in jobs),
-        itemsize=base.model.head_weight().dtype.itemsize,
-        loss_chunk=chunk,
-        segments=segment_bucket(schedule.plan.microbatches),
-        moments=moments_of(job.config.optim.name for job in jobs),
-        kernels=jax.default_backend() == "gpu",
-        tile=tile,
+    step = memory_step(
+        base, jobs, capacity, num_slots, tile, segment_bucket(schedule.plan.microbatches)
     )
     remat, planned = _plan_memory(step, config.train.remat)
-    model = Model(graphdef, remat, chunk, config.train.deterministic)
+    model = Model(graphdef, remat, step.loss_chunk, config.train.deterministic)
     programs = Programs(model, frozen, listener, waiting=lambda: goodput.during("compile"))
     run = Run(
         base=base,
@@ -113,6 +110,45 @@ def prepare_run(
     if saved.change is not None and not saved.joined:
         run.resume_change(saved.change)
     return run
+
+
+def memory_step(
+    base: Base,
+    jobs: Sequence[TrainJob],
+    capacity: int,
+    num_slots: int,
+    tile: int,
+    segments: int = 16,
+) -> Step:
+    """Returns what the memory of the jobs' training step depends on."""
+    return Step(
+        base.config,
+        capacity,
+        num_slots,
+        max(job.max_rank for job in jobs),
+        itemsize=base.model.head_weight().dtype.itemsize,
+        loss_chunk=loss_chunk(base.config.vocab_size, capacity),
+        segments=segments,
+        moments=moments_of(job.config.optim.name for job in jobs),
+        kernels=jax.default_backend() == "gpu",
+        tile=tile,
+    )
+
+
+def within_memory(
+    base: Base, jobs: Sequence[TrainJob], batching: BatchingConfig, num_slots: int, tile: int
+) -> BatchingConfig:
+    """Lowers the largest size that `capacities: auto` may choose to what the device has room for.
+
+    Sizes that were given stay as they are: if they do not fit, the run is refused and says so.
+    """
+    available, limit = device_bytes(), batching.tokens_per_microbatch
+    if batching.capacities != "auto" or available is None:
+        return batching
+    most = largest_capacity(memory_step(base, jobs, limit, num_slots, tile), available, "full")
+    longest = max((s.length for job in jobs for b in job.plan.batches for s in b), default=1)
+    fitting = max(min(limit, most), padded(longest, tile))
+    return batching.model_copy(update={"tokens_per_microbatch": min(limit, fitting)})
 
 
 def _plan_memory(step: Step, wish: Remat | Literal["auto"]) -> tuple[Remat, str]:

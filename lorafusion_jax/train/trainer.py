@@ -31,7 +31,7 @@ from lorafusion_jax.train.jobs import Data, TrainJob, resolve_job
 from lorafusion_jax.train.lock import run_lock
 from lorafusion_jax.train.metrics import RunWriter, write_summary
 from lorafusion_jax.train.obey import Obedience
-from lorafusion_jax.train.prepare import prepare_run, tile_rows
+from lorafusion_jax.train.prepare import prepare_run, tile_rows, within_memory
 from lorafusion_jax.train.results import Results, collect_results
 from lorafusion_jax.train.resume import Saved, find_saved
 from lorafusion_jax.train.run_folder import RunFolder
@@ -204,6 +204,8 @@ class MultiTrainer:
         batching, plans = saved.config.batching, [job.plan for job in saved.jobs]
         tile = tile_rows(batching) if saved.plan is None else saved.plan.tile
         cost = cost_of_run(self._output, self._base.config)
+        slots = self._slots or max(len(plans), 1)
+        batching = within_memory(self._base, saved.jobs, batching, slots, tile)
         capacities = capacities_of(plans, batching, tile, cost)
         # Another plan of the rest would add up the same gradients in another order.
         if saved.plan is not None and not saved.joined:

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lorafusion_jax.config import BatchingConfig, DataConfig, EvalConfig, JobConfig
 from lorafusion_jax.errors import ResourceError
 from lorafusion_jax.lora.bank import attach_adapters, multi_linears, split_adapters
 from lorafusion_jax.models import Decoder, ModelConfig
+from lorafusion_jax.train import prepare
 from lorafusion_jax.train.batch import PackedBatch
+from lorafusion_jax.train.jobs import resolve_job
 from lorafusion_jax.train.memory import (
     HEAD_ROOM,
     Step,
@@ -21,6 +24,8 @@ from lorafusion_jax.train.memory import (
     predict,
 )
 from lorafusion_jax.train.step import Model, init_state, train_step
+from lorafusion_sched import padded
+from tests.train.tiny import dataset, tiny_base
 
 TINY = ModelConfig(
     vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=3,
@@ -145,6 +150,25 @@ def test_largest_capacity_is_the_largest():
     budget = (1 - HEAD_ROOM) * H100
     assert predict(step._replace(capacity=most), "none").total <= budget
     assert predict(step._replace(capacity=most + step.tile), "none").total > budget
+
+
+def test_sizes_that_are_chosen_stay_within_memory(monkeypatch):
+    base = tiny_base()
+    given = BatchingConfig(tokens_per_microbatch=8192, tile=16)
+    config = JobConfig(name="job", data=DataConfig(path="rows.jsonl"), eval=EvalConfig(split=0))
+    jobs = [resolve_job(config, dataset(1, 8), base, given, 0)]
+    longest = max(sample.length for batch in jobs[0].plan.batches for sample in batch)
+    auto = BatchingConfig(tokens_per_microbatch=8192, capacities="auto", tile=16)
+
+    def bounded(batching, available):
+        monkeypatch.setattr(prepare, "device_bytes", lambda: available)
+        return prepare.within_memory(base, jobs, batching, 1, 16).tokens_per_microbatch
+
+    assert bounded(auto, None) == bounded(auto, 2**36) == 8192
+    tight = bounded(auto, 16 * 2**20)
+    assert padded(longest, 16) < tight < 8192 and tight % 16 == 0
+    assert bounded(auto, 2**10) == padded(longest, 16)  # the run is then refused with a reason
+    assert bounded(given, 2**20) == 8192
 
 
 def test_counts_what_the_optimizers_keep():
