@@ -10,6 +10,7 @@ ALLOWED = (
     "output",
     "report.*",
     "train.watchdog",
+    "parallel.*",  # the same sums in another order, as for any other change of devices
     "jobs.*.eval.every",
     "jobs.*.save.every",
     "jobs.*.save.keep_last",

@@ -92,14 +92,10 @@ class ParallelConfig(Section):
     data: int = Field(default=1, ge=1)
     stage: int = Field(default=1, ge=1)
 
-    @model_validator(mode="after")
-    def _one_device(self) -> Self:
-        if self.data * self.stage > 1:
-            raise ValueError(
-                f"data={self.data}, stage={self.stage}, expected 1 and 1: training on several "
-                "devices is not supported in this version"
-            )
-        return self
+    @property
+    def devices(self) -> int:
+        """Devices that take part."""
+        return self.data * self.stage
 
 
 class RunTrainConfig(Section):
@@ -457,12 +453,11 @@ class RunConfig(Section):
     jobs: Annotated[tuple[JobConfig, ...], Field(strict=False, min_length=1)]
 
     @model_validator(mode="after")
-    def _patterns_need_one_device(self) -> Self:
-        several = self.parallel.data * self.parallel.stage > 1
+    def _spikes_need_one_device(self) -> Self:
         for job in self.jobs:
-            if several and (job.lora.rank_pattern or job.lora.alpha_pattern):
+            if self.parallel.devices > 1 and job.train.spike is not None:
                 raise ValueError(
-                    f"job {job.name}: rank_pattern and alpha_pattern are not supported on several "
-                    "devices: remove them, or set parallel to one device"
+                    f"job {job.name}: train.spike is not supported on several devices: remove it, "
+                    "or set parallel to one device"
                 )
         return self

@@ -6,7 +6,7 @@ first. Accumulators of several data ranks are kept apart, rank by rank along axi
 sum would not continue to the same bits.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,17 +34,24 @@ class Names(NamedTuple):
         layout: layers of each stage.
         paths: modules with adapters, as the model calls them.
         places: the same as a stage calls them.
+        patterned: those of `paths` with ranks and scale ratios of their own.
     """
 
     layout: Layout
     paths: tuple[str, ...]
     places: tuple[str, ...]
+    patterned: tuple[str, ...] = ()
+
+    @property
+    def patterned_places(self) -> tuple[str, ...]:
+        """Places where any stage has a patterned module."""
+        return self.layout.place_paths(self.patterned)
 
 
-def make_names(layout: Layout, paths: Iterable[str]) -> Names:
+def make_names(layout: Layout, paths: Iterable[str], patterned: Iterable[str] = ()) -> Names:
     """Returns the names of the modules at these paths of the model."""
     paths = tuple(paths)
-    return Names(layout, paths, layout.place_paths(paths))
+    return Names(layout, paths, layout.place_paths(paths), tuple(patterned))
 
 
 def to_one_device(state: StreamState, names: Names, mesh: Mesh) -> TrainState:
@@ -65,6 +72,8 @@ def to_one_device(state: StreamState, names: Names, mesh: Mesh) -> TrainState:
         scale=_host(bank.scale),
         rate=_host(bank.rate),
         rank=_host(bank.rank),
+        ranks=_from_stages(names, bank.ranks, names.patterned),
+        ratios=_from_stages(names, bank.ratios, names.patterned),
     )
     moments = jax.tree.map(
         lambda x: _adapters_from_stages(names, x) if isinstance(x, dict) else _first(x, stages),
@@ -118,6 +127,8 @@ def from_one_device(
             scale=bank.scale,
             rate=bank.rate,
             rank=bank.rank,
+            ranks=_to_stages(names, bank.ranks, names.patterned_places, bank.rank),
+            ratios=_to_stages(names, bank.ratios, names.patterned_places, np.ones_like(bank.scale)),
         ),
         opt=saved.opt._replace(moments=moments),
         version=np.asarray(versions, np.int32),
@@ -168,25 +179,34 @@ def _adapters_to_stages(
     return {key: _to_stages(names, leaves) for key, leaves in tree.items()}
 
 
-def _from_stages(names: Names, leaves: Mapping[str, Array]) -> dict[str, HostArray]:
+def _from_stages(
+    names: Names, leaves: Mapping[str, Array], paths: Sequence[str] | None = None
+) -> dict[str, HostArray]:
     """Cuts each place's leaf by stage."""
+    paths = names.paths if paths is None else paths
     found = {}
     for place, leaf in leaves.items():
         for stage, array in enumerate(np.split(_host(leaf), names.layout.stages)):
             path = names.layout.module_path(stage, place)
-            if path in names.paths:
+            if path in paths:
                 found[path] = np.ascontiguousarray(array)
-    return {path: found[path] for path in names.paths}
+    return {path: found[path] for path in paths}
 
 
-def _to_stages(names: Names, leaves: Mapping[str, HostArray]) -> dict[str, HostArray]:
-    """Concatenates each place's leaves over stages; zeros where a stage has no such module."""
+def _to_stages(
+    names: Names,
+    leaves: Mapping[str, HostArray],
+    places: Sequence[str] | None = None,
+    absent: HostArray = None,
+) -> dict[str, HostArray]:
+    """Concatenates each place's leaves over stages; `absent` or zeros where there is no such."""
     found = {}
-    for place in names.places:
+    for place in names.places if places is None else places:
         paths = [names.layout.module_path(s, place) for s in range(names.layout.stages)]
-        arrays = [leaves[path] if path in names.paths else None for path in paths]
+        arrays = [None if path is None else leaves.get(path) for path in paths]
         like = next(array for array in arrays if array is not None)
-        found[place] = np.concatenate([np.zeros_like(like) if x is None else x for x in arrays])
+        filling = np.zeros_like(like) if absent is None else absent
+        found[place] = np.concatenate([filling if x is None else x for x in arrays])
     return found
 
 

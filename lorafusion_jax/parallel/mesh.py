@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from lorafusion_jax.errors import ConfigError
+from lorafusion_jax.models.config import ModelConfig
 
 DATA, STAGE = "data", "stage"
 
@@ -64,6 +65,20 @@ def make_mesh(
         )
     grid = np.array(devices[: data * stage]).reshape(data, stage)
     return Mesh(grid, (DATA, STAGE), axis_types=(_AXIS_TYPES[axis_kind],) * 2)
+
+
+def check_mesh(data: int, stage: int, config: ModelConfig) -> None:
+    """Refuses a mesh that `lorafusion train` cannot use.
+
+    Raises:
+        ConfigError: says why, and the nearest that can work.
+    """
+    make_mesh(data, stage, num_layers=config.num_hidden_layers)
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"parallel: {jax.process_count()} processes, expected 1: `lorafusion train` uses the "
+            "devices of one process"
+        )
 
 
 def nearest_mesh(data: int, stage: int, num_devices: int, num_layers: int) -> tuple[int, int]:

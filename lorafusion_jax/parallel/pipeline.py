@@ -25,7 +25,7 @@ predicate that is the same on all devices.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,6 +52,7 @@ from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.batch import PackedBatch
 from lorafusion_jax.train.loss import sum_by_slot
 from lorafusion_jax.train.optimizer import Adapters, Hyper
+from lorafusion_jax.train.programs import REPEATABLE
 from lorafusion_jax.train.step import StepReport
 from lorafusion_sched import distance_of
 
@@ -120,14 +121,15 @@ class Pipeline:
         """Slots that the planner must keep between two global batches of a job."""
         return distance_of(self.order, self.stages)
 
-    @cached_property
+    @property
     def run(self) -> Callable[..., tuple[StreamState, StepReport]]:
         """`run(state, hyper, frozen, window, t0, ticks=n)`: n ticks from t0 on.
 
         The stream starts at tick -1, because the embedding is fetched one tick ahead. Donates
-        `state`. Returns the new state and the report of every tick, [ticks, slots].
+        `state`. Returns the new state and the report of every tick, [ticks, slots]. Equal settings
+        share one compiled program.
         """
-        return jax.jit(self._run, static_argnames="ticks", donate_argnums=0)
+        return _program(self)
 
     def empty_state(
         self, batch: PackedBatch, bank: AdapterBank, optimizers: tuple[str, ...]
@@ -157,12 +159,20 @@ class Pipeline:
         window = window._replace(
             batch=jax.tree.map(lambda x: x[:, 0], window.batch), valid=window.valid[:, 0]
         )
-        device = _Device(self, frozen, hyper, window, t0 - self.lag, lax.axis_index(STAGE))
+        device = DeviceProgram(self, frozen, hyper, window, t0 - self.lag, lax.axis_index(STAGE))
         tick = device.tick_fbh if self.order == "fbh" else device.tick_bfh
         return lax.scan(tick, state, t0 + jnp.arange(ticks))
 
 
-class _Row(NamedTuple):
+@cache
+def _program(pipeline: Pipeline) -> Callable[..., tuple[StreamState, StepReport]]:
+    options = REPEATABLE if pipeline.model.deterministic else None
+    return jax.jit(
+        pipeline._run, static_argnames="ticks", donate_argnums=0, compiler_options=options
+    )
+
+
+class Row(NamedTuple):
     """One slot of the schedule as one rank sees it."""
 
     batch: PackedBatch
@@ -172,12 +182,12 @@ class _Row(NamedTuple):
 
 
 @dataclass
-class _Device:
+class DeviceProgram:
     """One device's program; exists only while it is traced."""
 
     pipeline: Pipeline
     frozen: Frozen
-    hyper: Hyper
+    hyper: Hyper | None  # None for a forward without training
     window: Window
     first: Int[Array, ""]
     stage: Int[Array, ""]
@@ -228,12 +238,12 @@ class _Device:
         )
         return state._replace(sums=sums, flow=flow), report
 
-    def row(self, slot) -> _Row:
+    def row(self, slot) -> Row:
         """The schedule's row of a slot."""
         window = self.window
         at = jnp.clip(slot - self.first, 0, window.ends.shape[0] - 1)
         rows = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, at, keepdims=False), window)
-        return _Row(*rows)
+        return Row(*rows)
 
     def forward(self, state: StreamState, t) -> tuple[Flow, Array]:
         """Runs this stage's forward of slot t - s and keeps what its backward needs."""
@@ -293,17 +303,7 @@ class _Device:
         order = vocabulary.supervised_first(weight)
         labels, sorted_weight = batch.labels[order], weight[order]
         normed = apply_final_norm(self.model.config, hidden, self.frozen.norm)[order]
-        mine = vocabulary.head_slice(
-            jnp.where((sorted_weight != 0)[:, None], normed, 0),
-            self.frozen.head_rows,
-            labels,
-            jnp.count_nonzero(weight),
-            self.stage,
-            vocab_size=self.model.config.vocab_size,
-            chunk=self.pipeline.head_chunk,
-            gradient=True,
-            softcap=self.model.config.logit_softcap,
-        )
+        mine = self.head_slice(normed, labels, sorted_weight, gradient=True)
         softmax = vocabulary.softmax_over_stages(mine)
         part = vocabulary.hidden_gradient(
             mine,
@@ -324,6 +324,20 @@ class _Device:
             tokens=sums.tokens + tokens,
         )
         return sums, vocabulary.unsorted(part, order).astype(hidden.dtype)
+
+    def head_slice(self, normed, labels, weight, *, gradient: bool) -> vocabulary.HeadSlice:
+        """Applies this stage's share of the head to rows, those with a weight first."""
+        return vocabulary.head_slice(
+            jnp.where((weight != 0)[:, None], normed, 0),
+            self.frozen.head_rows,
+            labels,
+            jnp.count_nonzero(weight),
+            self.stage,
+            vocab_size=self.model.config.vocab_size,
+            chunk=self.pipeline.head_chunk,
+            gradient=gradient,
+            softcap=self.model.config.logit_softcap,
+        )
 
     def through_norm(self, gradient, hidden):
         """Takes the head's gradient back through the final norm."""
@@ -358,6 +372,7 @@ class _Device:
         squares = sum(jnp.sum(g * g, axis=(1, 2)) for g in jax.tree.leaves((a, b)))
         norm = jnp.sqrt(lax.psum(squares, STAGE))
         loss, tokens = lax.psum((sums.loss, sums.tokens), DATA)
+        assert self.hyper is not None
         params, opt, info = optimizer.gated_update(
             {"a": bank.a, "b": bank.b}, opt, {"a": a, "b": b}, loss, ended, self.hyper, norm
         )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from lorafusion_jax.lora.bank import AdapterBank, lora_context, multi_linears
 from lorafusion_jax.lora.linear import LoraContext
-from lorafusion_jax.models.attention import Segments
+from lorafusion_jax.models.attention import Demands, Segments
 from lorafusion_jax.models.config import ModelConfig
 from lorafusion_jax.models.decoder import (
     DecoderLayer,
@@ -42,7 +42,8 @@ class RowInputs(NamedTuple):
 
     rotary: RotaryTables
     segments: Segments
-    context: LoraContext | None
+    context: LoraContext
+    ratios: dict[str, Float[Array, " slots"]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class StageModel:
         place_paths: modules with adapters (`Layout.place_paths`).
         residuals: what waits for the backward.
         remat: with `save`, what each layer computes again rather than keep.
+        deterministic: take only what repeats its bits.
     """
 
     config: ModelConfig
@@ -64,6 +66,7 @@ class StageModel:
     place_paths: tuple[str, ...]
     residuals: Residuals
     remat: Remat
+    deterministic: bool = False
 
     @cached_property
     def _graphdefs(self) -> tuple[nnx.GraphDef, ...]:
@@ -76,8 +79,9 @@ class StageModel:
         """Rebuilds from a schedule row what its layers need."""
         return RowInputs(
             rotary_tables(self.config, batch.positions),
-            Segments(batch.segment_start, batch.segment_offsets),
+            Segments(batch.segment_start, batch.segment_offsets, Demands(self.deterministic)),
             lora_context(bank, batch.tile_adapter, batch.row_key, train=train),
+            bank.ratios,
         )
 
     def forward(
@@ -92,7 +96,7 @@ class StageModel:
     ) -> Float[Array, "C d"]:
         """Runs the layers of a stage."""
         for place in range(self.places):
-            layer = self._merge(place, weights[place], adapters)
+            layer = self._merge(place, weights[place], adapters, inputs.ratios)
             number = first_layer + place
             view = traced_view(self.config, inputs.rotary, number)
             site = layer_site(number)
@@ -151,13 +155,18 @@ class StageModel:
         moving = (True, True, False, False, False)
         return jax.vjp(forward, *args, saveable_args=(False,) * 5, in_nzs=moving)
 
-    def _merge(self, place: int, weights: LayerWeights, adapters: Adapters) -> DecoderLayer:
+    def _merge(
+        self, place: int, weights: LayerWeights, adapters: Adapters, ratios: dict[str, Array]
+    ) -> DecoderLayer:
         leaves: dict[tuple, nnx.Variable] = {
             tuple(name.split(".")): nnx.Param(array) for name, array in weights.items()
         }
         for suffix in suffixes_at(place, self.place_paths):
             for name in ("a", "b"):
-                stack = adapters[name][f"layers.{place}.{suffix}"]
+                path = f"layers.{place}.{suffix}"
+                stack = adapters[name][path]
+                if name == "b" and path in ratios:  # as `merge_adapters` does
+                    stack = stack * ratios[path].astype(stack.dtype)[:, None, None]
                 leaves[(*suffix.split("."), f"lora_{name}")] = nnx.LoRAParam(stack)
         return nnx.merge(self._graphdefs[place], nnx.from_flat_state(leaves))
 

@@ -5,6 +5,7 @@ flags concatenates the stages, and axis 0 of everything in `Sums` and `Flow` all
 `mesh.PER_STAGE`, `mesh.PER_DEVICE`); the rest is the same everywhere.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from lorafusion_jax.lora.bank import AdapterBank, empty_bank
+from lorafusion_jax.lora.bank import AdapterBank, empty_bank, with_patterns
 from lorafusion_jax.parallel.mesh import DATA, PER_DEVICE, PER_STAGE, REPLICATED, STAGE
 from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.optimizer import Adapters, OptState
@@ -77,22 +78,31 @@ class StreamState(NamedTuple):
     flow: Flow
 
 
-_STAGED = ("a", "b", "targeted")
+_STAGED = ("a", "b", "targeted", "ranks", "ratios")
 
 
 def state_specs(state: StreamState) -> StreamState:
     """Returns how each leaf of a state lies on the mesh."""
 
-    def all_of(tree: PyTree, spec: PartitionSpec) -> PyTree:
-        return jax.tree.map(lambda _: spec, tree)
-
     everywhere: PyTree = REPLICATED
-    bank = all_of(state.bank, REPLICATED)
-    bank = bank._replace(**{k: all_of(getattr(state.bank, k), PER_STAGE) for k in _STAGED})
-    opt = all_of(state.opt, REPLICATED)._replace(moments=all_of(state.opt.moments, PER_STAGE))
+    opt = _all_of(state.opt, REPLICATED)._replace(moments=_all_of(state.opt.moments, PER_STAGE))
     return StreamState(
-        bank, opt, everywhere, all_of(state.sums, PER_DEVICE), all_of(state.flow, PER_DEVICE)
+        bank_specs(state.bank),
+        opt,
+        everywhere,
+        _all_of(state.sums, PER_DEVICE),
+        _all_of(state.flow, PER_DEVICE),
     )
+
+
+def bank_specs(bank: AdapterBank) -> AdapterBank:
+    """Returns how the adapters lie on the mesh."""
+    staged = {name: _all_of(getattr(bank, name), PER_STAGE) for name in _STAGED}
+    return _all_of(bank, REPLICATED)._replace(**staged)
+
+
+def _all_of(tree: PyTree, spec: PartitionSpec) -> PyTree:
+    return jax.tree.map(lambda _: spec, tree)
 
 
 def zero_state(
@@ -128,9 +138,18 @@ def zero_state(
     return jax.jit(make)()
 
 
-def bank_shapes(widths: dict[str, tuple[int, int]], num_slots: int, r_max: int) -> AdapterBank:
-    """Returns the shapes of a stage's adapters from (in, out) of each module, by place path."""
-    return jax.eval_shape(lambda: empty_bank(widths, num_slots, r_max))
+def bank_shapes(
+    widths: dict[str, tuple[int, int]], num_slots: int, r_max: int, patterned: Sequence[str] = ()
+) -> AdapterBank:
+    """Returns the shapes of a stage's adapters.
+
+    Args:
+        widths: (in, out) of each module, by place path.
+        num_slots: adapter slots.
+        r_max: largest rank.
+        patterned: place paths with ranks and scale ratios of their own.
+    """
+    return jax.eval_shape(lambda: with_patterns(empty_bank(widths, num_slots, r_max), patterned))
 
 
 def _empty_flow(

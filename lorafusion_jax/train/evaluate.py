@@ -1,7 +1,7 @@
 """Held-out loss and exact match of adapters, or of the base model, over packed samples."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -9,7 +9,6 @@ from lorafusion_jax.lora.bank import AdapterBank
 from lorafusion_jax.train.batch import JobRows, PackedBatch, RowOwner, pack, segment_bucket
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loss import TokenLosses
-from lorafusion_jax.train.programs import Programs
 from lorafusion_sched import Plan, Problem, plan
 
 BASE = -1
@@ -35,6 +34,16 @@ class EvalResult(NamedTuple):
     samples: int
 
 
+class EvalPrograms(Protocol):
+    """What runs held-out microbatches: one device's programs, or a mesh's."""
+
+    def evaluate_all(
+        self, bank: AdapterBank, batches: Sequence[PackedBatch], /
+    ) -> Iterable[TokenLosses]:
+        """Returns each row's loss and whether its label is the arg-max, per microbatch."""
+        ...
+
+
 class Evaluator:
     """Evaluates one job at a time, so that its result does not depend on the others.
 
@@ -45,7 +54,7 @@ class Evaluator:
         tile: rows per tile.
     """
 
-    def __init__(self, programs: Programs, jobs: Sequence[TrainJob], capacity: int, tile: int):
+    def __init__(self, programs: EvalPrograms, jobs: Sequence[TrainJob], capacity: int, tile: int):
         self._programs, self._tile, self._capacity = programs, tile, capacity
         self._jobs: list[TrainJob] = []
         self._plans: dict[str, Plan] = {}
@@ -71,9 +80,11 @@ class Evaluator:
         if job.name not in self._plans:
             return None
         found: list[_Sample] = []
-        for batch, owners in self._batches(job, slot, bank.rank.shape[0]):
-            losses = self._programs.evaluate(bank, batch)
-            found += _samples(losses, np.asarray(batch.loss_weight) != 0, owners)
+        batches, owners = zip(*self._batches(job, slot, bank.rank.shape[0]), strict=True)
+        for batch, owner, losses in zip(
+            batches, owners, self._programs.evaluate_all(bank, batches), strict=True
+        ):
+            found += _samples(losses, np.asarray(batch.loss_weight) != 0, owner)
         return _summary(found)
 
     def example(self, num_slots: int) -> PackedBatch | None:

@@ -34,7 +34,7 @@ from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule
 from lorafusion_jax.train.spike import SpikeGuard
 from lorafusion_jax.train.step import TrainState
-from lorafusion_sched import to_json
+from lorafusion_sched import Stretch, to_json
 
 AHEAD = 2
 """Microbatches that are packed and put on the device before their turn."""
@@ -405,7 +405,11 @@ class Run:
 
     def _after(self, index: int) -> None:
         """Evaluates, ends jobs and saves, as due after a microbatch."""
-        ended = [s for s in self.schedule.plan.microbatches[index].stretches if s.ends]
+        self._deliver(index, self.schedule.plan.microbatches[index].stretches)
+
+    def _deliver(self, index: int, stretches: Sequence[Stretch]) -> None:
+        """Evaluates, ends jobs and saves, as due after a microbatch with these stretches."""
+        ended = [s for s in stretches if s.ends]
         to_evaluate, to_end, save = [], [], self._outcomes.failure is not None
         for stretch in ended:
             if stretch.job in self.ended:

@@ -48,7 +48,7 @@ class Outcomes:
         self.failure: NonFiniteError | LossSpikeError | None = None
         self._jobs, self._progress, self._ended, self._guard = jobs, progress, ended, guard
         self._listener, self._cursor = listener, cursor
-        self._under_way: deque[tuple[int, jax.Array, StepReport | None]] = deque()
+        self._under_way: deque[tuple[int, jax.Array | np.ndarray, StepReport | None]] = deque()
         self.follow(schedule)
 
     def follow(self, schedule: Schedule) -> None:
@@ -56,7 +56,9 @@ class Outcomes:
         self._schedule = schedule
         self._tokens_at = _tokens_at_ends(schedule.plan.microbatches)
 
-    def dispatched(self, index: int, loss: jax.Array, report: StepReport | None) -> None:
+    def dispatched(
+        self, index: int, loss: jax.Array | np.ndarray, report: StepReport | None
+    ) -> None:
         """Takes note of a microbatch and waits for the oldest if too many are under way.
 
         Args:
@@ -71,7 +73,7 @@ class Outcomes:
         """Waits until at most `limit` microbatches are under way, and reports the others."""
         while len(self._under_way) > limit:
             index, loss, report = self._under_way.popleft()
-            loss.block_until_ready()
+            jax.block_until_ready(loss)
             self._report(index, None if report is None else jax.device_get(report))
 
     def settle_before(self, index: int) -> None:

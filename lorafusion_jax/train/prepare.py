@@ -1,6 +1,7 @@
 """From a schedule to a run in memory: adapters beside the base model, programs, restored state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,6 +16,10 @@ from lorafusion_jax.lora.bank import (
 )
 from lorafusion_jax.models.decoder import Remat
 from lorafusion_jax.models.hf_weights import Base
+from lorafusion_jax.parallel.engine import host_device, make_engine, on_host
+from lorafusion_jax.parallel.order import order_of
+from lorafusion_jax.parallel.ranks import of_ranks, sum_ranks
+from lorafusion_jax.parallel.run import MeshPrograms, MeshRun
 from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.batch import segment_bucket
 from lorafusion_jax.train.evaluate import Evaluator
@@ -71,31 +76,60 @@ def prepare_run(
     config, jobs, tile = saved.config, saved.jobs, schedule.plan.tile
     num_slots = max(schedule.num_slots, saved.num_slots)
     paths = targeted(base, jobs)
-    bank = attach_adapters(base.model, paths, num_slots, max(job.max_rank for job in jobs))
-    patterned = {path for job in jobs for path in job.spec.patterned(job.targets)}
-    bank = with_patterns(bank, [path for path in paths if path in patterned])
-    graphdef, frozen = split_adapters(base.model)
-    attach_adapters(base.model, (), 0, 1)
-    state = init_state(bank, tuple(sorted({job.config.optim.name for job in jobs})))
-    if saved.restored is not None:
-        state = restore_state(state, saved.restored.leaves, joined=bool(saved.joined))
+    on_mesh = config.parallel.devices > 1
+    # On a mesh the state as a whole exists on the host only; each stage has its part of it.
+    with jax.default_device(host_device() if on_mesh else None):
+        bank = attach_adapters(base.model, paths, num_slots, max(job.max_rank for job in jobs))
+        patterned = {path for job in jobs for path in job.spec.patterned(job.targets)}
+        bank = with_patterns(bank, [path for path in paths if path in patterned])
+        graphdef, frozen = split_adapters(base.model)
+        attach_adapters(base.model, (), 0, 1)
+        state = init_state(bank, tuple(sorted({job.config.optim.name for job in jobs})))
+        if saved.restored is not None:
+            leaves = saved.restored.leaves
+            if on_mesh and not saved.joined:
+                state = of_ranks(state, leaves)
+            else:
+                leaves = sum_ranks(leaves)
+            state = restore_state(state, leaves, joined=bool(saved.joined))
     listener(_planned(jobs, schedule, saved.cursor, base, state, frozen, tile))
     for notice in saved.notices:
         listener(Notice(notice))
     capacity = max(m.capacity for m in schedule.plan.microbatches)
-    step = memory_step(
-        base, jobs, capacity, num_slots, tile, segment_bucket(schedule.plan.microbatches)
-    )
-    remat, planned = _plan_memory(step, config.train.remat)
-    model = Model(graphdef, remat, step.loss_chunk, config.train.deterministic)
-    programs = Programs(model, frozen, listener, waiting=lambda: goodput.during("compile"))
-    run = Run(
+    programs: Programs
+    make_run: Callable[..., Run]
+    if on_mesh:
+        remat = config.train.remat
+        if remat == "auto":  # memory is planned for one device only
+            remat = "full" if jax.default_backend() == "gpu" else "none"
+        planned = f"train.remat {remat}: on several devices memory is not planned"
+        engine = make_engine(
+            base,
+            bank,
+            data=config.parallel.data,
+            stage=config.parallel.stage,
+            order=order_of(schedule.plan, config.parallel.stage),
+            remat=remat,
+            capacity=capacity,
+            deterministic=config.train.deterministic,
+        )
+        programs = MeshPrograms(engine)
+        make_run = partial(MeshRun, engine, programs)
+        state = on_host(state)
+    else:
+        step = memory_step(
+            base, jobs, capacity, num_slots, tile, segment_bucket(schedule.plan.microbatches)
+        )
+        remat, planned = _plan_memory(step, config.train.remat)
+        model = Model(graphdef, remat, step.loss_chunk, config.train.deterministic)
+        programs = Programs(model, frozen, listener, waiting=lambda: goodput.during("compile"))
+        make_run = partial(Run, programs=programs)
+    run = make_run(
         base=base,
         jobs=jobs,
         schedule=schedule,
         tile=tile,
         evaluator=Evaluator(programs, jobs, _eval_capacity(jobs, capacity, tile), tile),
-        programs=programs,
         state=state,
         folder=folder,
         saver=saver,

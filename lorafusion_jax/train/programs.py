@@ -1,7 +1,7 @@
 """The steps as compiled programs: ahead of time, side by side, never silently another one."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -81,6 +81,12 @@ class Programs:
     def evaluate(self, bank: AdapterBank, batch: PackedBatch) -> TokenLosses:
         """Runs `eval_step`."""
         return self._program(_batch_key("eval", batch), bank, self._frozen, batch)
+
+    def evaluate_all(
+        self, bank: AdapterBank, batches: Sequence[PackedBatch]
+    ) -> Iterator[TokenLosses]:
+        """Runs `eval_step` on one microbatch after the other."""
+        return (self.evaluate(bank, batch) for batch in batches)
 
     def announce(
         self, state: TrainState, hyper: Hyper, train: PackedBatch, evaluate: PackedBatch | None

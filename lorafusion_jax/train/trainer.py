@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from lorafusion_jax.config import (
     JobConfig,
     LoraConfig,
     OptimConfig,
+    ParallelConfig,
     ReportConfig,
     RunConfig,
     RunTrainConfig,
@@ -22,6 +24,9 @@ from lorafusion_jax.config import (
 )
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.models.hf_weights import Base, load_base
+from lorafusion_jax.parallel.feed import for_one_device
+from lorafusion_jax.parallel.mesh import check_mesh
+from lorafusion_jax.parallel.order import best_schedule
 from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.capacity import capacities_of, cost_of_run
 from lorafusion_jax.train.drive import drive, explained_memory, fan_out, peak_bytes
@@ -73,6 +78,7 @@ class MultiTrainer:
         slots: int | None = None,
         batching: BatchingConfig | None = None,
         train: RunTrainConfig | None = None,
+        parallel: ParallelConfig | None = None,
         report: ReportConfig | None = None,
         listener: Listener | None = None,
     ):
@@ -81,6 +87,7 @@ class MultiTrainer:
         if slots is not None and slots < 1:
             raise ConfigError(f"slots={slots} must be at least 1, or None for one per job")
         self._base, self._output, self._seed, self._slots = base, Path(output), seed, slots
+        self._parallel = parallel or ParallelConfig()
         self._train, self._report = train or RunTrainConfig(), report or ReportConfig()
         self._listener = listener
         self._jobs: list[tuple[JobConfig, Data]] = []
@@ -146,6 +153,7 @@ class MultiTrainer:
                 seed=self._seed,
                 batching=self._batching,
                 train=self._train,
+                parallel=self._parallel,
                 report=self._report,
                 jobs=tuple(job for job, _ in self._jobs),
             )
@@ -202,28 +210,39 @@ class MultiTrainer:
 
     def _schedule(self, saved: Saved) -> Schedule:
         batching, plans = saved.config.batching, [job.plan for job in saved.jobs]
-        tile = tile_rows(batching) if saved.plan is None else saved.plan.tile
+        parallel = saved.config.parallel
+        plan = saved.plan
+        tile = tile_rows(batching) if plan is None else plan.tile
         cost = cost_of_run(self._output, self._base.config)
         slots = self._slots or max(len(plans), 1)
         batching = within_memory(self._base, saved.jobs, batching, slots, tile)
         capacities = capacities_of(plans, batching, tile, cost)
+        if parallel.devices > 1:
+            check_mesh(parallel.data, parallel.stage, self._base.config)
+            if plan is None:  # the stages exchange rows of one static number
+                capacities = capacities[-1:]
+        elif plan is not None:
+            plan = for_one_device(plan)
         # Another plan of the rest would add up the same gradients in another order.
-        if saved.plan is not None and not saved.joined:
+        if plan is not None and not saved.joined:
             return schedule_of(
-                saved.plan,
+                plan,
                 [job for job in plans if job.name not in saved.joining],
                 capacities=capacities,
                 ended=saved.ended,
                 slots=saved.slots,
             )
-        return make_schedule(
-            plans,
-            capacities=capacities,
-            tile=tile,
-            max_slots=self._slots,
-            done=() if saved.plan is None else saved.plan.microbatches[: saved.cursor],
+        make = partial(
+            make_schedule, plans, capacities=capacities, tile=tile, max_slots=self._slots
+        )
+        if plan is None:
+            return best_schedule(make, data=parallel.data, stage=parallel.stage)
+        return make(
+            done=plan.microbatches[: saved.cursor],
             ended=saved.ended,
             slots=saved.slots,
+            distance=plan.distance,
+            width=plan.width,
         )
 
 
@@ -251,6 +270,7 @@ def trainer_from_config(
         seed=config.seed,
         batching=config.batching,
         train=config.train,
+        parallel=config.parallel,
         report=config.report,
         listener=listener,
     )

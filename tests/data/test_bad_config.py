@@ -52,7 +52,6 @@ BROKEN = {
     "capacity": ("512", "500", ["@3", "500", "multiple of the tile 128", "tile: 16"]),
     "longest sample": ("512", "512, max_length: 600", ["@3", "max_length=600", "at most"]),
     "buckets": ("512", "512, capacities: [256, 128]", ["@3", "[256, 128]", "ascending"]),
-    "devices": ("output", "parallel: {stage: 2}\noutput", ["@2", "not supported in this version"]),
     "quantize": ("model: ./m", "model: ./m, quantize: nf4", ["@1", "base.quantize", "remove it"]),
     "other hubs": ("sql.jsonl", "s3://a/b", ["@9", "jobs.sql.data.path", "hf://OWNER/NAME"]),
     "hub path": ("sql.jsonl", "hf://a/b/c", ["@9", "jobs.sql.data.path", "hf://OWNER/NAME"]),

@@ -21,6 +21,7 @@ from tests.parallel.mix import (
     train_one_device,
     wide,
 )
+from tests.train import conftest as train_conftest
 
 STEPS = 10
 MIX = Mix(STEPS)
@@ -111,3 +112,7 @@ def sum_of_ranks(tree, slots: int = len(MIX.jobs)):
     return jax.tree.map(
         lambda x: np.asarray(x).reshape(-1, slots, *x.shape[1:]).sum(0, dtype=x.dtype), tree
     )
+
+
+# One device's programs too are compiled once for all runs here.
+shared_programs = train_conftest.shared_programs
