@@ -4,7 +4,8 @@
 
 Once, two projections of rank 200 that share X failed as one launch, and groups have been taken
 apart since. This prints each result's error over the least possible one, taken apart and not; a
-ratio over 1.1 is wrong (but for dX taken apart, which is rounded once per part: 1.2). Cases differ from the one that failed in one thing each.
+ratio over 1.1 is wrong (but for dX taken apart, which is rounded once per part: 1.2). Cases differ
+from the one that failed in one thing each.
 """
 
 import jax
