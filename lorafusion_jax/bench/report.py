@@ -1,6 +1,6 @@
 """Renders the tables of README.md from docs/results/**/*.json.
 
-    python -m lorafusion_jax.bench.report [--check] [README.md]
+    python -m lorafusion_jax.bench.report [--check] [PAGE.md ...]
 
 Between `<!-- table NAME -->` and `<!-- end -->` stands a table with its heading; what is between
 them is replaced, by nothing where there is no such file.
@@ -211,18 +211,26 @@ def update(text: str, root: Path = RESULTS) -> str:
     return _MARKED.sub(fresh, text)
 
 
+def pages() -> list[Path]:
+    """Returns the pages that hold tables: README.md, and those right under docs/."""
+    found = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+    return [path for path in found if path.is_file() and _MARKED.search(path.read_text())]
+
+
 def main(arguments: list[str]) -> int:
-    """Updates or checks the file; returns the exit code."""
+    """Updates or checks the files; returns the exit code."""
     check = "--check" in arguments
-    names = [a for a in arguments if a != "--check"]
-    path = Path(names[0] if names else "README.md")
-    old = path.read_text()
-    new = update(old)
-    if check:
-        print(f"{path}: {'up to date' if new == old else 'out of date; run `make readme`'}")
-        return int(new != old)
-    path.write_text(new)
-    return 0
+    named = [Path(a) for a in arguments if a != "--check"]
+    stale = False
+    for path in named or pages():
+        old = path.read_text()
+        new = update(old)
+        if check:
+            stale |= new != old
+            print(f"{path}: {'up to date' if new == old else 'out of date; run `make readme`'}")
+        else:
+            path.write_text(new)
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Without it, transformers prints that torch is missing, which is no news here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # By default jax takes three quarters, and a base model may need what is left over.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
         given = None if arguments is None else list(arguments)
         code = app(args=given, prog_name="lorafusion", standalone_mode=False)
