@@ -28,8 +28,11 @@ def drive(run: Run, signals: StopSignals, obey: Obedience) -> None:
     run.evaluate_base(lambda: signals.received is not None)
     while not run.finished:
         if signals.received is not None:
-            run.finish_saving()
-            obey.forget()
+            # Before the first microbatch there is nothing to lose, and base models that were
+            # evaluated already are evaluated again, with their lines of the metrics.
+            if run.cursor:
+                run.finish_saving()
+                obey.forget()
             raise StoppedError(_how_to_go_on(run), signals.received)
         obey()
         run.run_microbatch()
