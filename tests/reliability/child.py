@@ -51,7 +51,7 @@ class Order:
         slow_at: what to dwell at: a fault point, or an event's name.
         dwell: seconds.
         watchdog: its limit in seconds.
-        count: write what the process uses, every hundred microbatches.
+        count: write what the process uses, after every save.
         file_limit: bytes that a file may have from the first checkpoint on.
         freeze: whether a non-finite batch freezes its job.
         nan: job whose loss is infinite from its third global batch on.
@@ -115,7 +115,7 @@ class Witness:
         where = getattr(event, "index", getattr(event, "start", getattr(event, "step", "")))
         self.at(kind, where)
         self._programs += kind == "Compiling"
-        if self._order.count and kind == "MicrobatchDone" and int(where) % 100 == 99:
+        if self._order.count and kind == "CheckpointSaved":  # no save is under way now
             self._out.write(f"counters {json.dumps(self._counters(int(where)))}\n")
         if kind == "CheckpointSaved" and self._order.file_limit:
             limit = (self._order.file_limit, resource.RLIM_INFINITY)
