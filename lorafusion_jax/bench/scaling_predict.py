@@ -18,7 +18,7 @@ LAYER_MFU = 0.614 / 1.13
 HEAD_MFU = 0.5  # head and loss in one pass: 1.04 times its two matrix products, f32 sums included
 TICK_EXCHANGE = 0.03  # of a tick, measured on two GPUs with residuals saved
 HEAD_EXCHANGE = 0.05  # vocabulary-parallel head on two GPUs: 1.83 against 1.93 times one GPU
-NVLINK = 300e9  # bytes/s one way, measured 67 MB in 0.30 ms = 223 GB/s on two GPUs
+NVLINK = 223e9  # bytes/s one way, measured on two GPUs: 67 MB in 0.30 ms
 NETWORK = 40e9  # bytes/s per GPU between hosts: 400 Gb/s, 80% of it; not measured
 GPUS_PER_HOST = 8
 CAPACITY = 8192
@@ -31,7 +31,7 @@ ASSUMPTIONS = (
     "exchange between stages 3% of a tick (measured on 2 GPUs), vocabulary-parallel head's "
     "exchanges another 5% (measured on 2 GPUs)",
     "gradients of an ended batch are reduced over data ranks once, f32, ring all-reduce: "
-    "223-300 GB/s in a host, 40 GB/s per GPU between hosts (assumed)",
+    "223 GB/s in a host (measured on 2 GPUs), 40 GB/s per GPU between hosts (assumed)",
     "optimizer, host and checkpoint time are not in it; every slot is a static row of 8192 tokens",
     "stages lie in one host; data ranks are spread over hosts; no stragglers",
 )
@@ -126,18 +126,18 @@ def predict(root: Path) -> int:
     rows: list[Row] = []
     for adapters in (4, 8):
         for lengths in LENGTHS:
-            jobs = jobs_of(lengths, 16, 0, jobs=adapters, batches=8)
+            jobs = jobs_of(lengths, 16, 0, jobs=adapters, batches=4)
             for system in ("ours", "mlora", "megatron"):
                 label: Row = {"part": "4 GPUs", "lengths": lengths, "adapters": adapters, "gbs": 16}
                 _, _, row = predicted("70b", system, jobs, stages=4, data=1, remat="full")
                 rows.append(label | row)
     for adapters, gbs, meshes in (
         (16, 32, ((1, 4), (2, 4), (1, 8), (4, 2))),
-        (16, 128, ((1, 4), (2, 4), (4, 4))),
+        (16, 64, ((1, 4), (4, 4))),
         (16, 256, ((1, 4), (16, 4))),
         (16, 1024, ((1, 4), (128, 4))),
     ):
-        batches = {32: 8, 128: 4}.get(gbs, 3)
+        batches = {32: 4, 64: 3}.get(gbs, 2)
         jobs = jobs_of("mix", gbs, 0, jobs=adapters, batches=batches)
         base = None
         for data, stages in meshes:

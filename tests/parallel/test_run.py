@@ -144,6 +144,7 @@ def test_a_run_moves_to_other_devices(one_device, tmp_path):
     assert_close(trainer(output, (1, 1)).fit(), one_device)
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_one_device_to_a_mesh(one_device, tmp_path):
     """Its plan has no distance between global batches: empty slots keep it exact."""
     output = tmp_path / "run"
