@@ -122,7 +122,7 @@ def predicted(
 
 
 def predict(root: Path) -> int:
-    """Writes docs/results/predicted/scaling.json."""
+    """Writes docs/results/predicted/scaling_predicted.json."""
     rows: list[Row] = []
     for adapters in (4, 8):
         for lengths in LENGTHS:
@@ -150,5 +150,5 @@ def predict(root: Path) -> int:
     for number, text in enumerate(ASSUMPTIONS):
         rows.append({"part": "assumption", "number": number, "text": text})
     command = "lorafusion bench scaling --predict"
-    print(write_results("scaling", rows, command=command, device="predicted", root=root))
+    print(write_results("scaling_predicted", rows, command=command, device="predicted", root=root))
     return 0
