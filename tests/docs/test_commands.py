@@ -16,7 +16,7 @@ from tests.docs.blocks import Block, blocks_of, commands_of, pages, problems_of
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in pages(ROOT)}
 # Pages that are quick enough for the default suite; the others are slow.
-QUICK = ("README.md", "docs/index.md", "docs/scheduler.md", "docs/reference/rooms.md")
+QUICK = ("README.md", "docs/index.md", "docs/scheduler.md")
 
 
 def page_parameters():
