@@ -91,7 +91,9 @@ def make_schedule(
     )
     so_far = Plan(microbatches=tuple(done), tile=tile, distance=distance, width=width)
     revision = replan(problem, so_far, len(done), ended=ended)
-    return _with_slots(revision.problem, revision.plan, slots or {})
+    # A waiting job's slot was free for it in the old plan only.
+    held = {name: slot for name, slot in (slots or {}).items() if name in begun}
+    return _with_slots(revision.problem, revision.plan, held)
 
 
 def schedule_of(

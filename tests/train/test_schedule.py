@@ -120,3 +120,15 @@ def test_a_cancelled_job_leaves_the_others_where_they_are():
     assert [list(m.stretches) for m in after.plan.microbatches[4:]] == [s for s in rest if s]
     packed = reschedule(before, 4, ended={"job1": 4})
     assert len(packed.plan.microbatches) <= len(after.plan.microbatches)
+
+
+def test_a_waiting_job_does_not_keep_a_slot_that_is_not_free_for_it():
+    """It was to follow another job there; a new plan lets it train beside that one."""
+    jobs = jobs_of([[20] * 12, [20] * 30, [20] * 12, [20] * 12])
+    before = make_schedule(jobs[:3], capacities=(64,), tile=TILE, max_slots=2)
+    assert before.slot["job2"] == before.slot["job0"] and before.first["job2"] > 3
+    done = before.plan.microbatches[:3]
+    after = make_schedule(jobs, capacities=(64,), tile=TILE, done=done, slots=before.slot)
+    check(jobs, after, 4)
+    assert after.first["job2"] < after.last["job0"]
+    assert [after.slot[name] for name in ("job0", "job1")] == [0, 1]
