@@ -25,7 +25,7 @@ def add(
     run: RunArgument,
     config: Annotated[Path, typer.Argument(help="Configuration; its jobs that are new join.")],
 ) -> None:
-    """Let jobs join a run; the others go on, and only the order of their sums may change."""
+    """Let jobs join a run; no bit of the others changes."""
     from lorafusion_jax.config import load_config
     from lorafusion_jax.train.control import Add, new_jobs, send
     from lorafusion_jax.train.run_folder import open_run

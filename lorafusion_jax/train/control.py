@@ -66,7 +66,8 @@ def send(folder: RunFolder, request: Request) -> Path:
 def waiting(folder: RunFolder) -> list[Path]:
     """Returns the requests that were not looked at yet, oldest first."""
     try:
-        names = os.listdir(_box(folder))
+        with os.scandir(_box(folder)) as entries:
+            names = [e.name for e in entries if not e.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
     return [_box(folder) / name for name in sorted(names) if name[:1] != "."]

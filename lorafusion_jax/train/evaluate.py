@@ -52,10 +52,13 @@ class Evaluator:
         jobs: jobs to evaluate; those without held-out samples are left out.
         capacity: tokens per microbatch.
         tile: rows per tile.
+
+    Attributes:
+        capacity: see above.
     """
 
     def __init__(self, programs: EvalPrograms, jobs: Sequence[TrainJob], capacity: int, tile: int):
-        self._programs, self._tile, self._capacity = programs, tile, capacity
+        self._programs, self._tile, self.capacity = programs, tile, capacity
         self._jobs: list[TrainJob] = []
         self._plans: dict[str, Plan] = {}
         self._segments = 1  # one static number for all jobs: one program
@@ -67,7 +70,7 @@ class Evaluator:
         self._jobs.append(job)
         if job.eval_indices:
             jobs = (job.eval_plan(),)
-            answer = plan(Problem(jobs=jobs, capacities=(self._capacity,), tile=self._tile))
+            answer = plan(Problem(jobs=jobs, capacities=(self.capacity,), tile=self._tile))
             self._plans[job.name] = answer
             self._segments = max(self._segments, segment_bucket(answer.microbatches))
 

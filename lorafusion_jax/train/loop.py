@@ -122,6 +122,11 @@ class Run:
         done = self.cursor == len(self.schedule.plan.microbatches)
         return done and self._replanner.pending is None
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was trained that a checkpoint would hold."""
+        return self.cursor > 0
+
     def compile_ahead(self) -> None:
         """Starts to compile the programs in the background."""
         if self.cursor < len(self.schedule.plan.microbatches):
@@ -188,7 +193,8 @@ class Run:
         """Checks that the bank can hold a job that joins a running process.
 
         Raises:
-            ConfigError: its rank, modules or optimizer would need a larger one; says what to do.
+            ConfigError: its rank, modules, optimizer or held-out samples would need more room; says
+                what to do.
         """
         bank, problems = self.state.bank, []
         r_max = next(iter(bank.a.values())).shape[1]
@@ -198,6 +204,12 @@ class Run:
             problems.append(f"module {missing[0]}, which no job of the run has")
         if missing := [p for p in job.spec.patterned(job.targets) if p not in bank.ranks]:
             problems.append(f"a rank of its own for {missing[0]}, which no job of the run has")
+        longest = max((s.length for b in job.eval_plan().batches for s in b), default=0)
+        if longest > self.evaluator.capacity:
+            problems.append(
+                f"{longest} tokens for a held-out sample, the running process has room for "
+                f"{self.evaluator.capacity}"
+            )
         if job.config.optim.name not in self.state.opt.moments:
             problems.append(f"optimizer {job.config.optim.name}, which no job of the run has")
         if problems:
@@ -214,7 +226,7 @@ class Run:
             added: jobs that the user's configuration does not have.
         """
         self.facts["config"] = config.model_dump(mode="json")
-        self.facts["data"] |= {job.name: job.fingerprint for job in added}
+        self.facts["data"] = self.facts["data"] | {job.name: job.fingerprint for job in added}
         self.facts["added"] = [*self.facts["added"], *(job.name for job in added)]
 
     def join(self, jobs: Sequence[TrainJob], *, repack: bool = True) -> None:
@@ -254,12 +266,13 @@ class Run:
         if self.saver.has(self.cursor):
             return
         change = self._replanner.pending
-        progress = {
+        progress = {  # nothing in it may change: it is written while training goes on
             **self.facts,
             "cursor": self.cursor,
             "jobs": {name: asdict(progress) for name, progress in self.progress.items()},
             "slots": self.schedule.slot,
-            "ended": self.ended,
+            "capacities": list(self.schedule.problem.capacities),
+            "ended": dict(self.ended),
             "change": None if change is None else change.to_record(),
         }
         with self.goodput.during("save"):

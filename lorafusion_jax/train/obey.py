@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from lorafusion_jax.config import JobConfig, RunConfig
 from lorafusion_jax.errors import ConfigError, LoraFusionError
 from lorafusion_jax.train import control
@@ -73,9 +75,14 @@ class Obedience:
         jobs = [self._resolve(job) for job in configs]
         for job in jobs:
             self._run.check_room(job)
-        self._config = self._config.model_copy(update={"jobs": (*self._config.jobs, *configs)})
-        self._run.folder.write_config(self._config)
+        config = self._config.model_copy(update={"jobs": (*self._config.jobs, *configs)})
+        try:
+            RunConfig.model_validate_json(config.model_dump_json())
+        except ValidationError as error:
+            raise ConfigError(error.errors(include_url=False)[0]["msg"]) from error
         self._run.join(jobs, repack=False)
-        self._run.remember(self._config, jobs)
+        self._config = config
+        self._run.folder.write_config(config)
+        self._run.remember(config, jobs)
         names = ", ".join(job.name for job in jobs)
         self._run.listener(Notice(f"{names} will join; no bit of the others changes"))

@@ -219,15 +219,16 @@ def _planned(
 ) -> RunPlanned:
     microbatches = schedule.plan.microbatches
     capacities = tuple(sorted({m.capacity for m in microbatches}))
+    sizes = schedule.problem.capacities  # a job that is about to join may need a larger one
     alone = [
         m
         for job in jobs
-        for m in make_schedule([job.plan], capacities=capacities, tile=tile).plan.microbatches
+        for m in make_schedule([job.plan], capacities=sizes, tile=tile).plan.microbatches
     ]
     linears = multi_linears(base.model)
-    sizes = {path: m.in_features + m.out_features for path, m in linears.items()}
+    widths = {path: m.in_features + m.out_features for path, m in linears.items()}
     return RunPlanned(
-        jobs=tuple(_job_summary(job, sizes) for job in jobs),
+        jobs=tuple(_job_summary(job, widths) for job in jobs),
         microbatches=len(microbatches),
         start=cursor,
         capacities=capacities,
@@ -241,7 +242,7 @@ def _planned(
     )
 
 
-def _job_summary(job: TrainJob, sizes: dict[str, int]) -> JobSummary:
+def _job_summary(job: TrainJob, widths: dict[str, int]) -> JobSummary:
     tokens = sum(sample.length for batch in job.plan.batches for sample in batch)
     return JobSummary(
         name=job.name,
@@ -251,7 +252,7 @@ def _job_summary(job: TrainJob, sizes: dict[str, int]) -> JobSummary:
         tokens=tokens,
         supervised=sum(job.batch_tokens.values()) / tokens,
         r=job.config.lora.r,
-        parameters=sum(job.spec.rank_of(path) * sizes[path] for path in job.targets),
+        parameters=sum(job.spec.rank_of(path) * widths[path] for path in job.targets),
     )
 
 

@@ -31,11 +31,12 @@ REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
 class _Key(NamedTuple):
-    """What tells programs apart: the name, the capacity (0 for the update) and M."""
+    """What tells programs apart: the name, the capacity (0 for the update), M, and loss limits."""
 
     name: str
     capacity: int = 0
     segments: int = 0
+    limits: bool = False
 
 
 class Programs:
@@ -76,7 +77,7 @@ class Programs:
         self, state: TrainState, hyper: Hyper, ended: Bool[Array | np.ndarray, " slots"]
     ) -> tuple[TrainState, StepReport]:
         """Runs `update_step`; `state` is donated."""
-        return self._program(_Key("update"), state, hyper, ended)
+        return self._program(_update_key(hyper), state, hyper, ended)
 
     def evaluate(self, bank: AdapterBank, batch: PackedBatch) -> TokenLosses:
         """Runs `eval_step`."""
@@ -97,7 +98,7 @@ class Programs:
         if evaluate is not None:
             args = (state.bank, self._frozen, evaluate)
             self._start(pool, _batch_key("eval", evaluate), args)
-        self._start(pool, _Key("update"), (state, hyper, train.batch_end))
+        self._start(pool, _update_key(hyper), (state, hyper, train.batch_end))
         pool.shutdown(wait=False)  # its threads end with the last compilation
 
     @property
@@ -129,6 +130,10 @@ class Programs:
 
 def _batch_key(name: str, batch: PackedBatch) -> _Key:
     return _Key(name, batch.tokens.shape[0], batch.segment_offsets.shape[0])
+
+
+def _update_key(hyper: Hyper) -> _Key:
+    return _Key("update", limits=hyper.loss_limit is not None)
 
 
 def _compile(jitted: Any, args: tuple) -> tuple[jax.stages.Compiled, float]:

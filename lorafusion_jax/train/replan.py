@@ -84,14 +84,16 @@ class Replanner:
         problem = schedule.problem
         replace(problem, jobs=(*problem.jobs, *self._added, *added))  # checks the new jobs
         before = self.pending or Change(cursor)
+        # One that ends before it is in a plan never comes into one.
+        joining = [job for job in (*self._added, *added) if job.name not in ended]
+        never = {job.name for job in self._added}
         change = Change(
             swap=_swap(schedule, cursor),
-            ended=before.ended | dict.fromkeys(ended, cursor),
-            added=(*before.added, *(job.name for job in added)),
+            ended=before.ended | {name: cursor for name in ended if name not in never},
+            added=tuple(job.name for job in joining),
             repack=before.repack or repack,
         )
-        self._added += added
-        self.start(schedule, change, self._added)
+        self.start(schedule, change, joining)
         return change
 
     def start(self, schedule: Schedule, change: Change, added: Sequence[Job]) -> None:

@@ -143,6 +143,11 @@ class Saved:
         return {} if self.restored is None else self.restored.progress.get("slots", {})
 
     @property
+    def capacities(self) -> tuple[int, ...]:
+        """Microbatch sizes that the run may use; () where an older release did not save them."""
+        return () if self.restored is None else tuple(self.restored.progress.get("capacities", ()))
+
+    @property
     def change(self) -> dict[str, Any] | None:
         """A change of plan that was being made (`lorafusion_jax.train.replan`)."""
         return None if self.restored is None else self.restored.progress.get("change")

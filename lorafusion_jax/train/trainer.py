@@ -228,7 +228,8 @@ class MultiTrainer:
             return schedule_of(
                 plan,
                 [job for job in plans if job.name not in saved.joining],
-                capacities=capacities,
+                # Sizes for the jobs there are now would let a change of the plan pack differently.
+                capacities=saved.capacities or capacities,
                 ended=saved.ended,
                 slots=saved.slots,
             )

@@ -7,14 +7,16 @@ import os
 import pytest
 
 from lorafusion_jax.cli import main
-from lorafusion_jax.config import SpikeConfig, TrainConfig
+from lorafusion_jax.config import EvalConfig, SpikeConfig, TrainConfig
 from lorafusion_jax.train import control, events, replan
 from lorafusion_jax.train import trainer as trainer_module
+from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.control import Add, Cancel
 from lorafusion_jax.train.jobs import resolve_job
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.signals import StoppedError
 from tests.train.test_trainer import DATA, final_state, metrics, stop_after, trainer
+from tests.train.tiny import dataset
 
 pytestmark = pytest.mark.usefixtures("shared_programs", "soon", "late_data")
 
@@ -164,6 +166,76 @@ def test_what_cannot_be_obeyed_is_refused_and_changes_nothing(tmp_path, whole):
     assert not requests(output) and outside.exists()
     assert final_state(output) == final_state(whole[0])
     assert {path.name for path in tmp_path.iterdir()} == {"run", "outside"}
+
+
+@pytest.mark.scenario("C8")
+def test_a_sample_for_which_there_is_no_room_is_refused_and_leaves_no_trace(tmp_path, monkeypatch):
+    """Longer than any microbatch of training, or of evaluation; a folder is no request."""
+    output, seen = tmp_path / "run", []
+    long = dataset(4, 20, 60, 90)
+    monkeypatch.setitem(DATA, "late", long)
+    held_out = ADD.jobs[0].model_copy(update={"name": "held_out"})
+    monkeypatch.setitem(DATA, "held_out", long)
+    everything = held_out.model_copy(update={"eval": EvalConfig(split=0)})
+    requests_left = [Add(jobs=(everything,)), Add(jobs=(held_out,))]
+
+    def listen(event):
+        seen.append(event)
+        if isinstance(event, events.MicrobatchDone) and event.index == 2:
+            for request in requests_left:
+                control.send(RunFolder(output), request)
+            (output / "control" / "folder").mkdir()
+
+    results = trainer(output, listener=listen).fit()
+    notices = [e.message for e in seen if isinstance(e, events.Notice)]
+    refused = [message for message in notices if message.startswith("request refused")]
+    assert len(refused) == 2 and "for a held-out sample" in refused[1]
+    assert set(results) == {"sql", "emoji"} == set(RunFolder(output).jobs)
+    assert requests(output) == ["folder"]
+    assert trainer(output).fit().keys() == results.keys()
+
+
+@pytest.mark.scenario("C8")
+def test_a_job_is_cancelled_before_it_has_joined(tmp_path, whole):
+    output, seen = tmp_path / "run", []
+
+    def listen(event):
+        seen.append(event)
+        if isinstance(event, events.MicrobatchDone) and event.index == 2:
+            control.send(RunFolder(output), ADD)
+            control.send(RunFolder(output), Cancel(job="late"))
+
+    results = trainer(output, listener=listen).fit()
+    assert (results["late"].status, results["late"].steps) == ("cancelled", 0)
+    for job in ("sql", "emoji"):
+        assert weights(output, job) == weights(whole[0], job)
+    assert trainer(output).fit()["late"].status == "cancelled"
+
+
+@pytest.mark.scenario("C8", "G8")
+def test_a_job_with_a_spike_guard_joins_a_run_without_one(tmp_path, whole):
+    guarded = ADD.jobs[0].train.model_copy(update={"spike": SPIKE})
+    request = Add(jobs=(ADD.jobs[0].model_copy(update={"train": guarded}),))
+    results = trainer(tmp_path / "run", listener=asking(tmp_path / "run", request)).fit()
+    assert (results["late"].status, results["late"].steps) == ("done", 3)
+    for job in ("sql", "emoji"):
+        assert weights(tmp_path / "run", job) == weights(whole[0], job)
+
+
+@pytest.mark.scenario("C8")
+def test_the_sizes_of_microbatches_are_those_of_the_run_after_a_resume_too(tmp_path):
+    """The data of all jobs would fill larger ones than those the run was started with."""
+    output = tmp_path / "run"
+    emoji = trainer("unused", ("emoji",)).config.jobs[0]
+    like = {"lora": emoji.lora, "optim": emoji.optim, "eval": EvalConfig(split=0)}
+    request = Add(jobs=(ADD.jobs[0].model_copy(update=like),))
+    also = stop_after(4)
+    with pytest.raises(StoppedError):
+        trainer(output, ("emoji",), listener=asking(output, request, after=1, also=also)).fit()
+    sizes = Checkpoints(output / "checkpoints").restore().progress["capacities"]
+    assert sizes[-1] < 64
+    assert trainer(output, ("emoji",)).fit()["late"].status == "done"
+    assert Checkpoints(output / "checkpoints").restore().progress["capacities"] == sizes
 
 
 def test_the_command_leaves_whole_requests(tmp_path, whole, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.train import events, loop, replan
+from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.jobs import resolve_job
 from lorafusion_jax.train.replan import Change, Replanner
 from lorafusion_jax.train.schedule import make_schedule
@@ -157,3 +158,40 @@ def test_changes_that_overlap_are_made_together():
     assert planner.pending is None
     planner.close()
     again.close()
+
+
+@pytest.mark.parametrize("repack", [True, False])
+def test_a_job_that_ends_before_it_is_in_a_plan_never_comes_into_one(repack):
+    jobs = jobs_of(4)
+    schedule = make_schedule(jobs[:2], capacities=(64,), tile=16)
+    planner = Replanner(num_slots=4)
+    planner.request(schedule, 10, added=jobs[2:], repack=repack)
+    change = planner.request(schedule, 12, ended=["job2", "job0"], repack=repack)
+    assert (change.ended, change.added) == ({"job0": 12}, ("job3",))
+    changed = planner.take(change.swap)
+    assert changed is not None and set(changed.slot) == {"job0", "job1", "job3"}
+    planner.close()
+
+
+def test_a_checkpoint_that_is_being_written_does_not_change_with_the_run(tmp_path, monkeypatch):
+    """The saver reads it in its thread while the next microbatches end jobs."""
+    given, before = [], []
+    save = BackgroundSaver.save
+
+    def note(saver, step, state, progress, score):
+        given.append(progress)
+        before.append(json.dumps(progress))
+        return save(saver, step, state, progress, score)
+
+    monkeypatch.setattr(BackgroundSaver, "save", note)
+
+    def change(run):
+        run.save()
+        run.end_job("sql", "stopped")
+        run.remember(made.config, run.jobs[:1])
+
+    made = trainer(tmp_path / "run")
+    at(monkeypatch, 3, change)
+    made.fit()
+    assert "sql" in given[-1]["ended"] and any("sql" not in p["ended"] for p in given)
+    assert [json.dumps(progress) for progress in given] == before
