@@ -82,6 +82,11 @@ class MeshRun(Run):
         self._follow()
         self._put()
 
+    @property
+    def begun(self) -> bool:
+        """See `Run.begun`; the cursor moves only when the pipeline is drained."""
+        return self._fed > 0
+
     def compile_ahead(self) -> None:
         """Compiles nothing ahead: a mesh has one training program, which the first call needs."""
 
@@ -99,12 +104,10 @@ class MeshRun(Run):
             self._begin()
         self.goodput.enter("redone" if self.cursor < self.redo_until else "train")
         self._feed_slots()
-        if self._outcomes.failure is not None:
+        due = self._fed == self._stop
+        if due or self._outcomes.failure is not None:
             self._drain()
-            self._deliver(self.cursor - 1, ())
-        elif self._fed == self._stop:
-            self._drain()
-            width = self.schedule.plan.width
+            width = self.schedule.plan.width if due else 0
             last = self._microbatches[self.cursor - width : self.cursor]
             self._deliver(self.cursor - 1, [s for m in last for s in m.stretches])
         self._tell_saved(self.saver.finished())

@@ -23,6 +23,7 @@ def drive(run: Run, signals: StopSignals, obey: Obedience) -> None:
 
     Raises:
         StoppedError: a signal came; all is saved.
+        NonFiniteError: or `LossSpikeError`: a job's policy stops the run; all is saved.
     """
     run.compile_ahead()
     run.evaluate_base(lambda: signals.received is not None)
@@ -30,9 +31,10 @@ def drive(run: Run, signals: StopSignals, obey: Obedience) -> None:
         if signals.received is not None:
             # Before the first microbatch there is nothing to lose, and base models that were
             # evaluated already are evaluated again, with their lines of the metrics.
-            if run.cursor:
+            if run.begun:
                 run.finish_saving()
                 obey.forget()
+                run.raise_failure()
             raise StoppedError(_how_to_go_on(run), signals.received)
         obey()
         run.run_microbatch()

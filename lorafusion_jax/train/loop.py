@@ -286,6 +286,15 @@ class Run:
             saves = self.saver.wait()
         self._tell_saved(saves)
 
+    def raise_failure(self) -> None:
+        """Raises what a job's policy stops the run for, if it was found since the last microbatch.
+
+        Raises:
+            NonFiniteError: or `LossSpikeError`; see `run_microbatch`.
+        """
+        if self._outcomes.failure is not None:
+            raise self._outcomes.failure
+
     def _tell_saved(self, saves: list[SaveDone]) -> None:
         for save in saves:
             path = str(self.folder.checkpoints / str(save.step))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from lorafusion_jax.config import (
 )
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.lora.peft_io import load_peft
+from lorafusion_jax.parallel.run import MeshRun
 from lorafusion_jax.train import events
 from lorafusion_jax.train.checkpoint import Checkpoints, tree_hash
 from lorafusion_jax.train.signals import StoppedError
+from lorafusion_sched import Microbatch, Stretch
 from tests.train.tiny import TILE, dataset, tiny_base
 
 DATA = {"sql": dataset(1, 30), "emoji": dataset(2, 26, 4, 9), "late": dataset(3, 20)}
@@ -151,6 +154,40 @@ def test_a_run_moves_from_one_device_to_a_mesh(one_device, tmp_path):
     with pytest.raises(StoppedError):
         trainer(output, (1, 1), listener=stop_after(3)).fit()
     assert_close(trainer(output, MESH).fit(), one_device)
+
+
+def test_a_failure_does_not_hide_what_is_due_with_it():
+    """A job that ends in the call in which another one fails is evaluated and exported."""
+    delivered = []
+
+    def feed():
+        run._fed = 4
+
+    def drain():
+        run.cursor = run._fed
+
+    run = SimpleNamespace(
+        cursor=0,
+        redo_until=0,
+        _fed=2,
+        _stop=4,
+        _feed_slots=feed,
+        _drain=drain,
+        _deliver=lambda index, stretches: delivered.append((index, stretches)),
+        _tell_saved=lambda saves: None,
+        _microbatches=tuple(Microbatch((Stretch("a", n, (), True),), 16) for n in range(4)),
+        _outcomes=SimpleNamespace(failure=RuntimeError()),
+        schedule=SimpleNamespace(plan=SimpleNamespace(width=2)),
+        goodput=SimpleNamespace(enter=lambda part: None),
+        saver=SimpleNamespace(finished=list),
+    )
+    assert MeshRun.begun.fget(run)  # a signal now must save, though the cursor has not moved
+    MeshRun.run_microbatch(run)
+    ((index, stretches),) = delivered
+    assert index == 3 and [s.batch for s in stretches] == [2, 3]
+    run._stop, delivered[:] = 6, []
+    MeshRun.run_microbatch(run)
+    assert delivered == [(3, [])]
 
 
 @pytest.mark.parametrize(

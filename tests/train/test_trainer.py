@@ -398,6 +398,28 @@ def test_stop_saves_everything_and_goes_on_after_the_rejected_batch(tmp_path, mo
     assert results["sql"].rejected == 1 and results["sql"].steps == 5
 
 
+@pytest.mark.scenario("C3")
+def test_a_signal_does_not_hide_that_a_policy_stops_the_run(tmp_path, whole, monkeypatch):
+    """The bad batch is under way when the signal comes; its outcome is known after the save."""
+    poisoned(monkeypatch, "sql", 1)
+    plan = from_json((whole[0] / "plan.json").read_text())
+    ends = [
+        index
+        for index, microbatch in enumerate(plan.microbatches)
+        for s in microbatch.stretches
+        if s.job == "sql" and s.batch == 1 and s.ends
+    ]
+    settings = {
+        "train": TrainConfig(epochs=1, global_batch_size=5, on_nonfinite="stop"),
+        "eval": EvalConfig(split=6, every=100),
+        "save": SaveConfig(every=100),
+    }
+    quiet = {"eval": EvalConfig(split=6, every=100), "save": SaveConfig(every=100)}
+    with pytest.raises(NonFiniteError, match="sql: step 2 rejected"):
+        trainer(tmp_path / "run", listener=stop_after(ends[0]), sql=settings, emoji=quiet).fit()
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [ends[0] + 2]
+
+
 def test_a_bad_job_is_refused_before_anything_is_written(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}]
     with pytest.raises(lf.errors.LoraFusionError):
