@@ -173,7 +173,7 @@ def _override(raw: dict[str, Any], text: str, lines: Lines) -> list[Problem]:
 
 def _find_job(raw: dict[str, Any], parts: list[str]) -> tuple[int, list[str]] | None:
     """Index of the job whose name, which may have dots, starts `parts`, and what follows it."""
-    names = {job.get("name"): key[1] for key, job in _holders(raw) if key[0] == "jobs"}
+    names = {str(job.get("name")): key[1] for key, job in _holders(raw) if key[0] == "jobs"}
     for length in range(len(parts) - 1, 0, -1):
         index = names.get(".".join(parts[:length]))
         if isinstance(index, int):
@@ -229,7 +229,7 @@ def _check_sweeps(raw: dict[str, Any]) -> list[Problem]:
     for key, job in _holders(raw):
         if key[0] != "jobs":
             continue
-        found = sweep_problems(job, INHERITED)
+        found = sweep_problems(job, INHERITED, ALIASES, EXCLUSIVE)
         problems += [Problem((*key, *below), message) for below, message in found]
         if found:
             job["sweep"] = None

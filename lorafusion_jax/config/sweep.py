@@ -35,14 +35,26 @@ class Expanded(NamedTuple):
     point: dict[str, Any] | None = None
 
 
-def sweep_problems(job: Any, sections: tuple[str, ...]) -> list[tuple[Key, str]]:
-    """Returns what is wrong with a job's `sweep`: (key below the job, message)."""
+def sweep_problems(
+    job: Any,
+    sections: tuple[str, ...],
+    aliases: Mapping[str, Mapping[str, str]],
+    exclusive: Mapping[str, tuple[str, ...]],
+) -> list[tuple[Key, str]]:
+    """Returns what is wrong with a job's `sweep`: (key below the job, message).
+
+    Args:
+        job: content of the job.
+        sections: of a job, whose keys can be swept.
+        aliases: see `expand`; also `exclusive`.
+        exclusive: of a section's keys, those of which a job has one at most.
+    """
     grid = job.get("sweep") if isinstance(job, dict) else None
     if grid is None:
         return []
     if not isinstance(grid, dict) or not grid:
         return [(("sweep",), "expected dotted keys with lists of values, as in {lora.r: [8, 32]}")]
-    problems: list[tuple[Key, str]] = []
+    problems: list[tuple[Key, str]] = _rivals(grid, aliases, exclusive)
     count = 1
     for key, values in grid.items():
         section, dot, rest = key.partition(".")
@@ -97,6 +109,27 @@ def expand(
     return expanded
 
 
+def _rivals(
+    grid: dict[str, Any],
+    aliases: Mapping[str, Mapping[str, str]],
+    exclusive: Mapping[str, tuple[str, ...]],
+) -> list[tuple[Key, str]]:
+    """Keys that mean the same setting, or settings of which a job has one at most."""
+    found: list[tuple[Key, str]] = []
+    seen: dict[str, str] = {}
+    for key in grid:
+        name = _true_name(key, aliases)
+        section, _, last = name.partition(".")
+        names = exclusive.get(section, ())
+        same = [f"{section}.{one}" for one in names] if last in names else [name]
+        other = next((seen[one] for one in same if one in seen), None)
+        if other is not None:
+            message = f'stands beside "{other}", expected one of them: each replaces the other'
+            found.append((("sweep", key), message))
+        seen[name] = key
+    return found
+
+
 def _true_name(key: str, aliases: Mapping[str, Mapping[str, str]]) -> str:
     section, _, rest = key.partition(".")
     return f"{section}.{aliases.get(section, {}).get(rest, rest)}"
@@ -105,11 +138,15 @@ def _true_name(key: str, aliases: Mapping[str, Mapping[str, str]]) -> str:
 def _set(job: dict[str, Any], key: str, value: Any, exclusive: Mapping[str, tuple[str, ...]]):
     section, *parts, last = key.split(".")
     holder = job.setdefault(section, {})
+    if not isinstance(holder, dict):  # left for validation to refuse
+        return
     for rival in exclusive.get(section, ()):
         if not parts and last in exclusive[section]:
             holder.pop(rival, None)
     for part in parts:
-        holder = holder.setdefault(part, {})
+        if not isinstance(holder.get(part), dict):
+            holder[part] = {}
+        holder = holder[part]
     holder[last] = value
 
 

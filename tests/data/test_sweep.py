@@ -54,6 +54,28 @@ def test_a_swept_key_replaces_its_rivals():
     assert deep.jobs[1].train.early_stopping.patience == 2
 
 
+def test_a_section_that_was_switched_off_is_swept():
+    config = config_from_dict(
+        raw({"train.early_stopping.patience": [1, 2]}, train={"early_stopping": None})
+    )
+    assert [job.train.early_stopping.patience for job in config.jobs[:2]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "job", "words"),
+    [
+        ({"lora.r.x": [1, 2]}, {"lora": {"r": 8}}, "lora.r: got a section"),
+        ({"lora.r": [1, 2]}, {"lora": 5}, "sql.lora: got 5, expected a section"),
+        ({"lora.alpha": [1, 2], "lora.lora_alpha": [3, 4]}, {}, 'beside "lora.alpha"'),
+        ({"train.epochs": [1, 2], "train.max_steps": [3, 4]}, {}, 'beside "train.epochs"'),
+    ],
+)
+def test_a_key_that_has_no_place_or_that_another_replaces_is_refused(sweep, job, words):
+    with pytest.raises(ConfigError) as refusal:
+        config_from_dict(raw(sweep, **job))
+    assert words in str(refusal.value)
+
+
 def test_the_resolved_file_is_read_back_as_it_is(tmp_path):
     config = config_from_dict(raw({"lora.target_modules": [["q_proj"], "all-linear"]}))
     assert [job.name for job in config.jobs[:2]] == [
