@@ -415,6 +415,14 @@ class JobConfig(Section):
             raise ValueError("train.early_stopping needs held-out rows: set eval.split or path")
         return self
 
+    @model_validator(mode="after")
+    def _sources_say_for_themselves(self) -> Self:
+        """Of `data` with sources, format and split are those of held-out data only."""
+        changed = self.data.format != "auto" or self.data.split != "train"
+        if self.data.sources and changed and self.eval.path is None:
+            raise ValueError("with data.sources, format and split belong to each source")
+        return self
+
     @field_validator("name")
     @classmethod
     def _name_is_a_safe_folder(cls, name: str) -> str:

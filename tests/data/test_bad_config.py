@@ -73,6 +73,16 @@ BROKEN = {
         "columns: {prompt: q}, sources: [{path: a}]",
         ["@9", "belong to each source"],
     ),
+    "format of all sources": (
+        "path: sql.jsonl",
+        "format: chat, sources: [{path: a}]",
+        ["jobs.sql", "format", "belong to each source"],
+    ),
+    "split of all sources": (
+        "path: sql.jsonl",
+        "split: test, sources: [{path: a}]",
+        ["jobs.sql", "split", "belong to each source"],
+    ),
     "layers": ("r: 8", "layers_to_transform: [0], target_modules: .*q", ["@5", "a regex can"]),
     "layer": ("r: 8", "layers_to_transform: [-1]", ["@5", "numbers from 0"]),
     "pattern": ("r: 8", "rank_pattern: {q: 300}", ["@5", "rank_pattern.q", "at most 256"]),
