@@ -100,7 +100,11 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
     }
-    values = {key: value for key, value in values.items() if value not in (None, [], False)}
+    values = {
+        key: value
+        for key, value in values.items()
+        if not (value is None or value is False or value == [])  # a token id may be 0
+    }
     if parse_hf_config(values) != config:
         raise ModelError(f"this {config.model_type} cannot be described by a config.json")
     return values
@@ -353,6 +357,12 @@ def _gemma3_rope(values: Values) -> tuple[float, RopeScaling | None]:
     if parameters is None:
         parameters = values.get("rope_scaling") or {}
     elif isinstance(parameters, Mapping):
+        for key, value in parameters.items():
+            if key not in ("full_attention", "sliding_attention"):
+                raise ModelError(
+                    f"config.json: rope_parameters has {key}={value!r}: expected parameters by "
+                    "kind of layer, 'full_attention' and 'sliding_attention'"
+                )
         parameters = parameters.get("full_attention") or {}
     return _rope_from(parameters, _number(values, "rope_theta", 1e6))
 

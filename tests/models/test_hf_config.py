@@ -4,7 +4,7 @@ import pytest
 
 from lorafusion_jax.errors import ModelError
 from lorafusion_jax.models.config import ModelConfig
-from lorafusion_jax.models.hf_config import FAMILIES
+from lorafusion_jax.models.hf_config import FAMILIES, hf_config
 from tests.golden import tiny_families
 
 CONFIGS = tiny_families.CONFIGS
@@ -120,6 +120,11 @@ def test_keys_of_real_models_are_read(name):
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             ["sliding_attention", "linear"],
         ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}},
+            ["rope_parameters", "rope_type", "full_attention"],
+        ),
         ("llama", {"num_local_experts": 8}, ["num_local_experts", "llama"]),
     ],
 )
@@ -129,3 +134,10 @@ def test_refusals_name_what_they_refuse(family, change, words):
         ModelConfig.from_hf(values | {"model_type": family} | change)
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_a_config_that_is_written_keeps_a_token_id_of_0():
+    config = ModelConfig(97, 24, 48, 2, 3, 1, 8, bos_token_id=0, eos_token_ids=(0,))
+    written = hf_config(config)
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, [0])
+    assert ModelConfig.from_hf(written) == config
