@@ -38,7 +38,8 @@ def import_adapter(
     print(f"adapter  {where}")
     for line in found_text(loaded):
         print(line)
-    text = job_text(loaded, name or where.name, data, where)
+    inherited = frozenset() if append is None else _default_keys(append)
+    text = job_text(loaded, name or where.name, data, where, inherited)
     if append is None:
         print("\njob section:\n\n" + text, end="")
         return
@@ -72,10 +73,17 @@ def found_text(loaded: "LoadedAdapter") -> list[str]:
     ]
 
 
-def job_text(loaded: "LoadedAdapter", name: str, data: str, directory: Path) -> str:
+def job_text(
+    loaded: "LoadedAdapter",
+    name: str,
+    data: str,
+    directory: Path,
+    inherited: frozenset[str] = frozenset(),
+) -> str:
     """Returns the YAML of a job that starts from an adapter, as an entry of `jobs:`.
 
-    Every setting that decides the adapter is written, so that no default changes it.
+    Every setting that decides the adapter is written, so that no default changes it; those that it
+    does not have are written where they are among the `inherited` keys of the defaults.
     """
     spec = loaded.spec
     settings = {
@@ -92,17 +100,26 @@ def job_text(loaded: "LoadedAdapter", name: str, data: str, directory: Path) -> 
         "alpha_pattern": {key: float(value) for key, value in spec.alpha_pattern.items()},
     }
     lines = [
-        f"  - name: {json.dumps(name)}",
-        f"    data: {{path: {json.dumps(data)}}}",
+        f"  - name: {json.dumps(name, ensure_ascii=False)}",
+        f"    data: {{path: {json.dumps(data, ensure_ascii=False)}}}",
         "    lora:",
     ]
     lines += [
         # JSON is YAML on one line, whatever characters a name has.
         f"      {key}: {json.dumps(value, ensure_ascii=False)}"
         for key, value in settings.items()
-        if value is not None and value != {}
+        if key in inherited or (value is not None and value != {})
     ]
     return "\n".join(lines) + "\n"
+
+
+def _default_keys(path: Path) -> frozenset[str]:
+    """Keys of `defaults.lora` in a configuration file."""
+    from lorafusion_jax.config.source import read_source
+
+    defaults = read_source(path)[0].get("defaults")
+    lora = defaults.get("lora") if isinstance(defaults, dict) else None
+    return frozenset(lora) if isinstance(lora, dict) else frozenset()
 
 
 def append_job(path: Path, text: str) -> None:

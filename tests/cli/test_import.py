@@ -55,6 +55,24 @@ def test_a_job_is_added_and_the_rest_of_the_file_stays(lorafusion, adapter, proj
     assert [job.name for job in load_config(project).jobs] == ["numbers", "chat", "plain", "more"]
 
 
+def test_the_defaults_of_a_file_do_not_change_the_job_that_is_added(lorafusion, tmp_path):
+    spec = LoraSpec(r=4, alpha=8, target_modules=("up",))
+    weights = {"model.layers.0.up": (np.ones((4, 5), np.float32), np.ones((4, 6), np.float32))}
+    folder, path = save_peft(tmp_path / "plain", weights, spec, "base"), tmp_path / "run.yaml"
+    path.write_text(
+        "base: {model: m}\noutput: o\n"
+        "defaults:\n  lora: {exclude_modules: [up], layers_to_transform: 1, layers_pattern: layers,"
+        " rank_pattern: {up: 2}, alpha_pattern: {up: 3}, use_rslora: true}\n"
+        "jobs:\n  - {name: a, data: {path: b}}\n"
+    )
+    data = "data/\N{GRINNING FACE}.jsonl"
+    code, _, err = lorafusion("import", folder, "--as", "c", "--data", data, "--append", path)
+    assert (code, err) == (0, "")
+    job = load_config(path).jobs[1]
+    assert LoraSpec.from_config(job.lora) == spec
+    assert job.data.path == str(tmp_path / data)
+
+
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
