@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,6 +10,10 @@ from lorafusion_jax.cli.export import JobsOption
 from lorafusion_jax.cli.status import RunArgument
 from lorafusion_jax.cli.view import number, print_table
 from lorafusion_jax.errors import ConfigError
+
+CheckpointOption = Annotated[
+    Literal["best", "last"], typer.Option(help="By held-out loss, or at the end.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +28,7 @@ def generate(
     job: JobsOption = None,
     base: Annotated[bool, typer.Option("--base", help="Also ask the base model.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
-    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    checkpoint: CheckpointOption = "best",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -71,7 +75,7 @@ def generate(
 def evaluate(
     run: RunArgument,
     job: JobsOption = None,
-    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    checkpoint: CheckpointOption = "best",
 ) -> None:
     """Held-out loss, perplexity and exact match: base against adapter."""
     from lorafusion_jax.cli.answers import adapter_folder

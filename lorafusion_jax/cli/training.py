@@ -147,13 +147,26 @@ def read_config(
         overrides.append(f"output={output.resolve()}")
     config = load_config(path, overrides)
     if max_steps is not None:
-        names = dict.fromkeys(job.identity for job in config.jobs)
-        overrides += [f"jobs.{name}.train.max_steps={max_steps}" for name in names]
-        config = load_config(path, overrides)
+        config = _of_length(config, max_steps)
     if jobs is None:
         return config
     wanted = [name.strip() for name in jobs.split(",")]
     return config.model_copy(update={"jobs": tuple(_chosen(config, wanted))})
+
+
+def _of_length(config: "RunConfig", max_steps: int) -> "RunConfig":
+    """The run with so many steps of every job, whatever the file says."""
+    changed = []
+    for job in config.jobs:
+        swept = {} if job.swept is None else job.swept.values
+        if lengths := {"train.epochs", "train.max_steps"} & swept.keys():
+            raise ConfigError(
+                f"--max-steps would undo the sweep of {min(lengths)} in job {job.identity}: "
+                "leave out one of them"
+            )
+        train = job.train.model_copy(update={"max_steps": max_steps, "epochs": None})
+        changed.append(job.model_copy(update={"train": train}))
+    return config.model_copy(update={"jobs": tuple(changed)})
 
 
 def _chosen(config: "RunConfig", names: list[str]):

@@ -50,6 +50,8 @@ def test_each_command_has_help(lorafusion, command):
         (["train", "missing.yaml"], "missing.yaml"),
         (["status", "."], "holds no run"),
         (["generate", "."], "--prompt"),
+        (["generate", ".", "--prompt", "x", "--checkpoint", "bset"], "--checkpoint"),
+        (["eval", ".", "--checkpoint", "bset"], "--checkpoint"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )

@@ -8,7 +8,8 @@ import pytest
 from lorafusion_jax.bench import sweep
 from lorafusion_jax.cli.prepare import prepare
 from lorafusion_jax.cli.training import read_config
-from lorafusion_jax.config import load_config
+from lorafusion_jax.config import load_config, resolved_yaml
+from lorafusion_jax.errors import ConfigError
 
 
 def test_a_sweep_ends_with_a_table_sorted_by_held_out_loss(lorafusion, project, tmp_path):
@@ -55,6 +56,20 @@ def test_one_point_of_a_sweep_can_be_chosen(project):
         ("numbers-r8", 5),
         ("plain", 5),
     ]
+
+
+def test_a_resolved_sweep_takes_another_length(project, tmp_path):
+    resolved = tmp_path / "config.resolved.yaml"
+    grid = "jobs.numbers.sweep={lora.r: [4, 8]}"
+    resolved.write_text(resolved_yaml(load_config(project, [grid])))
+    config = read_config(resolved, max_steps=5)
+    assert {(job.train.max_steps, job.train.epochs) for job in config.jobs} == {(5, None)}
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "train.max_steps"])
+def test_a_swept_length_is_not_undone_silently(project, key):
+    with pytest.raises(ConfigError, match=rf"--max-steps would undo the sweep of {key}"):
+        read_config(project, [f"jobs.numbers.sweep={{{key}: [1, 2]}}"], max_steps=5)
 
 
 @pytest.mark.parametrize(
