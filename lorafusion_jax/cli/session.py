@@ -62,7 +62,6 @@ def outline_base(path: str, dtype: "Dtype") -> "Base":
     Raises:
         ModelError: the path or the architecture cannot be used.
     """
-    import json
     from functools import partial
 
     import jax.numpy as jnp
@@ -70,12 +69,13 @@ def outline_base(path: str, dtype: "Dtype") -> "Base":
 
     from lorafusion_jax.models import Base, Decoder, ModelConfig, load_base
     from lorafusion_jax.models.gguf_weights import read_gguf
+    from lorafusion_jax.models.hf_weights import read_json
     from lorafusion_jax.models.hub import hub_id, local_model
     from lorafusion_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
 
     hub, where = hub_id(path), local_model(path)
     if (where / "config.json").is_file():
-        config = ModelConfig.from_hf(json.loads((where / "config.json").read_text("utf-8")))
+        config = ModelConfig.from_hf(read_json(where / "config.json"))
         name = where.resolve().name if hub is None else hub.repo
         tokenizer = partial(load_tokenizer, where)
     elif where.suffix == ".gguf" and where.is_file():

@@ -165,11 +165,17 @@ class ModelConfig:
         return frequencies.astype(np.float32)
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Returns one id, a list of ids or nothing as a tuple."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def token_ids(values: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Returns one id, a list of ids or nothing as a tuple.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    value = values.get(key)
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if any(not isinstance(one, int) or isinstance(one, bool) for one in ids):
+        raise ModelError(f"{key} is {value!r}: expected a whole number or a list of them")
+    return tuple(ids)
 
 
 def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:

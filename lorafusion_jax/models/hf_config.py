@@ -4,6 +4,7 @@ Strict: a key that is neither understood for its family nor known to change noth
 name, unless its value asks for nothing (null, false, 0, empty).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,8 +64,8 @@ def parse_hf_config(values: Values) -> ModelConfig:
         rope_scaling=scaling,
         max_position_embeddings=_size(values, "max_position_embeddings", 2048),
         tie_word_embeddings=bool(_or(values, "tie_word_embeddings", False)),
-        bos_token_id=values.get("bos_token_id"),
-        eos_token_ids=token_ids(values.get("eos_token_id")),
+        bos_token_id=next(iter(token_ids(values, "bos_token_id")), None),
+        eos_token_ids=token_ids(values, "eos_token_id"),
         **features,
     )
 
@@ -136,6 +137,8 @@ def _qwen_windows(values: Values) -> dict[str, Any]:
     """The layers from `max_window_layers` on slide, if `use_sliding_window` says so."""
     window = _window(values) if values.get("use_sliding_window") else None
     first = _or(values, "max_window_layers", 28)
+    if not _is_count(first):
+        raise ModelError(f"config.json: max_window_layers is {first!r}: expected a whole number")
     default = [window is not None and i >= first for i in range(_size(values, "num_hidden_layers"))]
     return _windows(values, window, default)
 
@@ -276,7 +279,9 @@ def _family(values: Values) -> _Family:
             f"config.json: architectures {architectures}: expected {family.architecture!r}"
         )
     if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method", quantization)
+        method = quantization
+        if isinstance(quantization, Mapping):
+            method = quantization.get("quant_method", quantization)
         raise ModelError(
             f"config.json: the weights are quantized ({method}): use the unquantized model"
         )
@@ -297,6 +302,10 @@ def _refuse_unknown_keys(values: Values, family: _Family) -> None:
             )
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _or(values: Values, key: str, default):
     """A null means the default, as in transformers."""
     value = values.get(key)
@@ -314,7 +323,8 @@ def _size(values: Values, key: str, default: int | None = None) -> int:
 
 def _number(values: Values, key: str, default: float | None = None) -> float:
     value = _or(values, key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
         raise ModelError(f"config.json: {key} is {value!r}: expected a positive number")
     return float(value)
 
@@ -333,6 +343,8 @@ def _windows(values: Values, window: int | None, default: list[bool]) -> dict[st
     if types is None:
         sliding = default
     else:
+        if not isinstance(types, list | tuple):
+            raise ModelError(f"config.json: layer_types is {types!r}: expected a list")
         for kind in types:
             if kind not in ("sliding_attention", "full_attention"):
                 raise ModelError(
@@ -397,10 +409,15 @@ def _rope_from(parameters: Any, theta: float) -> tuple[float, RopeScaling | None
         return theta, None
     if kind == "linear":
         return theta, RopeScaling("linear", _number(parameters, "factor"))
+    low, high = (_number(parameters, f"{which}_freq_factor") for which in ("low", "high"))
+    if not low < high:
+        raise ModelError(
+            f"config.json: low_freq_factor is {low}: expected less than high_freq_factor {high}"
+        )
     return theta, RopeScaling(
         "llama3",
         _number(parameters, "factor"),
-        _number(parameters, "low_freq_factor"),
-        _number(parameters, "high_freq_factor"),
+        low,
+        high,
         int(_number(parameters, "original_max_position_embeddings")),
     )

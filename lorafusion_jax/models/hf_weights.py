@@ -128,7 +128,7 @@ def _load_directory(directory: Path, dtype: Dtype) -> Base:
     config = ModelConfig.from_hf(values)
     generation = directory / "generation_config.json"
     if generation.is_file():
-        more = token_ids(read_json(generation).get("eos_token_id"))
+        more = token_ids(read_json(generation), "eos_token_id")
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
     model = build_decoder(config, read_tensors(directory), jnp.dtype(dtype), str(directory))
     name = directory.resolve().name

@@ -219,3 +219,12 @@ def test_results_files_of_this_repository_are_well_formed():
         record = json.loads(path.read_text())
         assert {"bench", "command", "device", "date", "versions", "rows"} <= set(record), path
         assert record["bench"] == path.stem and record["device"] == path.parent.name
+
+
+def test_a_damaged_model_folder_is_explained_by_check(lorafusion, tmp_path):
+    model, path = tmp_path / "model", tmp_path / "run.yaml"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": ')
+    path.write_text("base: {model: model}\noutput: o\njobs: [{name: a, data: {path: b}}]\n")
+    code, _, err = lorafusion("check", path)
+    assert code == 2 and "config.json: not valid JSON" in err

@@ -125,6 +125,24 @@ def test_keys_of_real_models_are_read(name):
             {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}},
             ["rope_parameters", "rope_type", "full_attention"],
         ),
+        ("qwen2", {"layer_types": 3}, ["layer_types", "3", "a list"]),
+        ("qwen2", {"max_window_layers": "x"}, ["max_window_layers", "'x'"]),
+        ("qwen2", {"quantization_config": "x"}, ["quantized", "x"]),
+        ("qwen2", {"eos_token_id": [2, "x"]}, ["eos_token_id", "'x'"]),
+        ("qwen2", {"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan"]),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            ["low_freq_factor", "high_freq_factor", "4.0"],
+        ),
         ("llama", {"num_local_experts": 8}, ["num_local_experts", "llama"]),
     ],
 )
