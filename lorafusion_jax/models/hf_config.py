@@ -323,8 +323,7 @@ def _size(values: Values, key: str, default: int | None = None) -> int:
 
 def _number(values: Values, key: str, default: float | None = None) -> float:
     value = _or(values, key, default)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ModelError(f"config.json: {key} is {value!r}: expected a positive number")
     return float(value)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.config import load_config
+from lorafusion_jax.lora.bank import Adapter
 from lorafusion_jax.lora.peft_io import save_peft
 from lorafusion_jax.lora.targets import LoraSpec
 
@@ -57,7 +58,9 @@ def test_a_job_is_added_and_the_rest_of_the_file_stays(lorafusion, adapter, proj
 
 def test_the_defaults_of_a_file_do_not_change_the_job_that_is_added(lorafusion, tmp_path):
     spec = LoraSpec(r=4, alpha=8, target_modules=("up",))
-    weights = {"model.layers.0.up": (np.ones((4, 5), np.float32), np.ones((4, 6), np.float32))}
+    weights: Adapter = {
+        "model.layers.0.up": (np.ones((4, 5), np.float32), np.ones((4, 6), np.float32))
+    }
     folder, path = save_peft(tmp_path / "plain", weights, spec, "base"), tmp_path / "run.yaml"
     path.write_text(
         "base: {model: m}\noutput: o\n"
