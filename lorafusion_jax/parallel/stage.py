@@ -42,7 +42,7 @@ class RowInputs(NamedTuple):
 
     rotary: RotaryTables
     segments: Segments
-    context: LoraContext
+    context: LoraContext | None
     ratios: dict[str, Float[Array, " slots"]]
 
 

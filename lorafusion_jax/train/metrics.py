@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -61,8 +62,9 @@ class JsonLines:
             ) from error
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; what a full disk did not take was reported when it was written."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _json_line(line: Mapping[str, Any]) -> str:

@@ -160,7 +160,7 @@ def test_one_program_runs_whichever_layer(name, tmp_path):
 
     @jax.jit
     def run(x, weights, number):
-        inputs = RowInputs(rotary_tables(config, positions), segments, None)
+        inputs = RowInputs(rotary_tables(config, positions), segments, None, {})
         return stage.forward(x, {"a": {}, "b": {}}, [weights], inputs, number)
 
     def hidden(order) -> np.ndarray:
