@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lorafusion_jax.data.tokenize import text_tokens
 from lorafusion_jax.errors import AdapterError, ModelError
 from lorafusion_jax.lora.bank import AdapterBank, lora_context, merge_adapters, split_adapters
 from lorafusion_jax.models.decoder import Decoder
@@ -174,7 +175,7 @@ def _encode(base: Base, prompt: str | Sequence[int], chat: bool) -> list[int]:
     if not isinstance(prompt, str):
         ids = list(prompt)
     elif not chat:
-        ids = list(base.tokenizer.encode(prompt))
+        ids = text_tokens(prompt, base.tokenizer)
     elif base.tokenizer.chat_template is None:
         raise ModelError(f"base model {base.name!r} has no chat template: give plain text")
     else:

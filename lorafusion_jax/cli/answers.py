@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorafusion_jax.config import SourceConfig
-from lorafusion_jax.data import Record, prompt_text, read_source
+from lorafusion_jax.data import Record, prompt_text, prompt_tokens, read_source
 from lorafusion_jax.errors import AdapterError
 from lorafusion_jax.generate import BASE_SLOT, generate
 from lorafusion_jax.lora.bank import AdapterBank, attach_adapters, put_slot
@@ -18,11 +18,31 @@ _MAX_SAMPLE_TOKENS = 48
 
 
 class Question(NamedTuple):
-    """A held-out row of a job: what the model is given, and what the row says."""
+    """A held-out row of a job: what the model is given, and what the row says.
+
+    Attributes:
+        job: name.
+        prompt: as text, to be shown.
+        tokens: the prompt as training would have it.
+        expected: the row's own answer.
+    """
 
     job: str
     prompt: str
+    tokens: tuple[int, ...]
     expected: str
+
+
+class HeldOut(NamedTuple):
+    """Held-out rows that ask for an answer.
+
+    Attributes:
+        questions: the first of them that can be asked.
+        passed_over: rows before the last of those whose prompt has no tokens or too many.
+    """
+
+    questions: list[Question]
+    passed_over: int
 
 
 def load_adapters(base: Base, directories: Sequence[Path]) -> AdapterBank:
@@ -58,25 +78,36 @@ def adapter_folder(folder: RunFolder, job: str, which: str = "best") -> Path:
     return path
 
 
-def held_out(folder: RunFolder, base: Base, job: str, rows: int) -> list[Question]:
-    """Returns the first held-out rows of a job that ask for an answer."""
-    config = folder.jobs[job]
+def held_out(folder: RunFolder, base: Base, job: str, rows: int) -> HeldOut:
+    """Returns the first held-out rows of a job that ask for an answer.
+
+    Rows are passed over where the model could not be asked: an empty prompt, or one with which the
+    answer would not fit the model's context or which is longer than anything it was trained on.
+    """
+    config, batching = folder.jobs[job], folder.config.batching
     data, apart = config.data, config.eval.path
-    resolved = resolve_job(config, data, base, folder.config.batching, folder.config.seed)
+    resolved = resolve_job(config, data, base, batching, folder.config.seed)
     records = [
         {record.line: record for record in _records(part, data.system)}
         for part in (data.parts if apart is None else (data.at(apart),))
     ]
-    questions, samples = [], resolved.eval_samples
+    room = base.config.max_position_embeddings - _MAX_SAMPLE_TOKENS
+    longest = min(room, batching.max_length)
+    questions, samples, passed_over = [], resolved.eval_samples, 0
     for index in resolved.eval_indices:
         record = records[samples.source_of(index)][int(samples.lines[index])]
         if record.kind == "text":
             continue
-        answer = record.messages[-1].content if record.kind == "chat" else record.completion
-        questions.append(Question(job, prompt_text(record, base.tokenizer), answer))
         if len(questions) == rows:
             break
-    return questions
+        tokens = prompt_tokens(record, base.tokenizer)
+        if not 0 < len(tokens) <= longest:
+            passed_over += 1
+            continue
+        answer = record.messages[-1].content if record.kind == "chat" else record.completion
+        prompt = prompt_text(record, base.tokenizer)
+        questions.append(Question(job, prompt, tuple(tokens), answer))
+    return HeldOut(questions, passed_over)
 
 
 def _records(part: SourceConfig, system: str | None) -> list[Record]:
@@ -117,19 +148,32 @@ def write_samples(folder: RunFolder, base: Base, *, rows: int) -> None:
         rows: held-out rows per job; jobs without a held-out prompt are left out.
     """
     jobs = [name for name in folder.jobs if folder.adapter(name).is_dir()]
-    questions = [q for name in jobs for q in held_out(folder, base, name, rows)]
-    if not questions:
-        return
+    asked = {name: held_out(folder, base, name, rows) for name in jobs}
+    questions = [question for one in asked.values() for question in one.questions]
+    texts = _answers(folder, base, jobs, questions) if questions else []
+    for name, one in asked.items():
+        parts = [f"## {name}\n"]
+        if one.passed_over:
+            parts.append(
+                f"{one.passed_over} held-out rows were passed over: their prompt is empty, or too "
+                f"long for the model's context or `batching.max_length`.\n"
+            )
+        for question, (by_base, by_adapter) in zip(questions, texts, strict=True):
+            if question.job == name:
+                parts.append(sample_text(question, by_base, by_adapter))
+        if len(parts) > 1:
+            write_text(folder.job(name) / "samples.md", "\n".join(parts))
+
+
+def _answers(
+    folder: RunFolder, base: Base, jobs: list[str], questions: list[Question]
+) -> list[tuple[str, str]]:
+    """The answers of the base and of the job's adapter to each question."""
     bank = load_adapters(base, [folder.adapter(name) for name in jobs])
-    prompts = [q.prompt for q in questions for _ in range(2)]
+    prompts = [q.tokens for q in questions for _ in range(2)]
     slots = [slot for q in questions for slot in (BASE_SLOT, jobs.index(q.job))]
     texts = generate(base, bank, prompts, slots, max_new_tokens=_MAX_SAMPLE_TOKENS)
-    for name in dict.fromkeys(q.job for q in questions):
-        parts = [f"## {name}\n"]
-        for i, question in enumerate(questions):
-            if question.job == name:
-                parts.append(sample_text(question, texts[2 * i], texts[2 * i + 1]))
-        write_text(folder.job(name) / "samples.md", "\n".join(parts))
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def sample_text(question: Question, base: str, adapter: str) -> str:

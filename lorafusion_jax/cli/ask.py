@@ -31,7 +31,9 @@ def generate(
     checkpoint: CheckpointOption = "best",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest, with temperature.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of drawing.")] = 0,
 ) -> None:
     """Answer prompts with adapters, and the base, side by side in one batch."""
@@ -45,6 +47,8 @@ def generate(
         raise ConfigError('nothing to answer: give --prompt "..."')
     if top_p == 0:
         raise ConfigError("--top-p 0 leaves no token to draw, expected more than 0 and at most 1")
+    if top_p < 1 and temperature == 0:
+        raise ConfigError("--top-p has no effect without drawing: give --temperature too")
     folder = open_run(run)
     names = job or [name for name in folder.jobs if folder.adapter(name, checkpoint).is_dir()]
     paths = [adapter_folder(folder, name, checkpoint) for name in names]

@@ -48,8 +48,8 @@ def export(
         typer.Option(help="Of the stored weights: float32 by default; merged, the base's own."),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="Largest file of a merged model, in KB, MB or GB.")
-    ] = "5GB",
+        str | None, typer.Option(help="Largest file of a merged model: 500MB; 5GB by default.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Reload, and compare logits with a merged model.")
     ] = False,
@@ -61,7 +61,9 @@ def export(
 
     folder = open_run(run)
     names = job or list(folder.jobs)
-    shard_bytes = parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size or "5GB")
+    if max_shard_size is not None and format != "merged":
+        raise ConfigError("--max-shard-size is for --format merged: adapters are one small file")
     paths = {name: adapter_folder(folder, name, checkpoint) for name in names}
     if out is None and format != "peft":
         raise AdapterError(f"--format {format} needs --out, the folder to write into")

@@ -40,19 +40,21 @@ def init(
     directory: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("."),
     demo: Annotated[bool, typer.Option("--demo", help="Also build the four demo tasks.")] = False,
     jobs: Annotated[
-        int, typer.Option(min=1, max=256, help="How many jobs the template lists.")
-    ] = 2,
+        int | None, typer.Option(min=1, max=256, help="How many jobs the template lists, 2 if not.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorafusion.yaml, and the demo's data with --demo."""
     path = directory / CONFIG_NAME
+    if demo and jobs is not None:
+        raise ConfigError("--demo has four jobs of its own: leave out --jobs, or --demo")
     if demo:
         _init_demo(directory, replace=force or not path.exists())
     elif path.exists() and not force:
         raise ConfigError(f"{path} exists; --force replaces it")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(template(jobs))
+        path.write_text(template(jobs or 2))
         print(f"wrote    {path}\nnext     lorafusion check {path}")
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorafusion_jax.cli.view import number, print_table
-from lorafusion_jax.errors import ConfigError
+from lorafusion_jax.errors import ConfigError, LoraFusionError
 
 if TYPE_CHECKING:
     from lorafusion_jax.config import RunConfig
+    from lorafusion_jax.models import Base
     from lorafusion_jax.train.results import Results
+    from lorafusion_jax.train.run_folder import RunFolder
 
 ConfigArgument = Annotated[Path, typer.Argument(help="lorafusion.yaml, or TOML by its suffix.")]
 SetOption = Annotated[
@@ -89,7 +91,6 @@ def run_training(
         plain: lines instead of a live table.
         samples: held-out rows of each job to answer at the end.
     """
-    from lorafusion_jax.cli.answers import write_samples
     from lorafusion_jax.cli.progress import TrainProgress, bytes_text
     from lorafusion_jax.cli.session import device_line, start_jax
     from lorafusion_jax.cli.status import draw
@@ -108,7 +109,7 @@ def run_training(
     draw(results.folder)
     answered = {name: results.folder.job(name) / "samples.md" for name in results}
     if samples and not (progress.resumed_at_end and any(p.exists() for p in answered.values())):
-        write_samples(results.folder, base, rows=samples)
+        _answer(results.folder, base, samples)
     report = write_report(results.folder)
     for path in answered.values():
         if samples and path.exists():
@@ -118,6 +119,19 @@ def run_training(
     print(f'try      lorafusion generate {results.folder.path} --base --prompt "..."')
     print(f"serve    lorafusion export {results.folder.path} --verify")
     return results
+
+
+def _answer(folder: "RunFolder", base: "Base", rows: int) -> None:
+    """Writes the samples; what goes wrong with them costs a trained run nothing but them."""
+    import jax
+
+    from lorafusion_jax.cli.answers import write_samples
+
+    try:
+        write_samples(folder, base, rows=rows)
+    except (LoraFusionError, jax.errors.JaxRuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        print(f"samples  left out: {reason}")
 
 
 def read_config(

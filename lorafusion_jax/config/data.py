@@ -101,13 +101,18 @@ class DataConfig(Section):
         return self.sources or (self.at(self.path or ""),)
 
     def at(self, path: str) -> SourceConfig:
-        """Returns a path with this section's own keys, as for held-out rows."""
+        """Returns a path with this section's own keys, as for held-out rows.
+
+        Split and subset go along with data sets of the same kind only: held-out rows may be a file
+        beside training data of the Hub.
+        """
+        same = self.path is None or path.startswith(HUB) == self.path.startswith(HUB)
         return SourceConfig(
             path=path,
             format=self.format,
             columns=self.columns,
-            split=self.split,
-            subset=self.subset,
+            split=self.split if same else "train",
+            subset=self.subset if same else None,
         )
 
 

@@ -10,7 +10,12 @@ from lorafusion_jax.data.records import (
     records_from_rows,
     with_system,
 )
-from lorafusion_jax.data.tokenize import prompt_text, tokenize_dataset
+from lorafusion_jax.data.tokenize import (
+    prompt_text,
+    prompt_tokens,
+    text_tokens,
+    tokenize_dataset,
+)
 
 __all__ = [
     "Dataset",
@@ -21,10 +26,12 @@ __all__ = [
     "load_dataset",
     "mixed_order",
     "prompt_text",
+    "prompt_tokens",
     "read_records",
     "read_source",
     "records_from_rows",
     "split_eval",
+    "text_tokens",
     "tokenize_dataset",
     "tokenizer_fingerprint",
     "with_system",

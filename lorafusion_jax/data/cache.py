@@ -16,7 +16,7 @@ import numpy as np
 from lorafusion_jax.data.chat import Learn
 from lorafusion_jax.data.dataset import Dataset
 from lorafusion_jax.data.records import Columns, Format, Record, records_of, with_system
-from lorafusion_jax.data.tables import HUB, rows_of
+from lorafusion_jax.data.tables import HUB, refuse_options, rows_of
 from lorafusion_jax.data.tokenize import Overlong, tokenize_dataset
 from lorafusion_jax.errors import DataError
 
@@ -68,6 +68,7 @@ def load_dataset(
         "system": system,
         "learn": learn,
     }
+    refuse_options(str(path), split, subset)
     cached = None
     if cache_dir is not None and not str(path).startswith(HUB) and not Path(path).is_dir():
         key = _key(_file_digest(path), tokenizer_fingerprint(tokenizer), settings)

@@ -196,17 +196,17 @@ def _records(
         raise DataError("has no rows, expected one JSON object a line", path=path)
 
 
-def _renamed(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+def _renamed(row: dict[Any, Any], columns: Columns) -> dict[Any, Any]:
     """The row with the mapped keys under the names of the format; an own key of that name goes."""
     for name, own in columns.items():
         if own not in row:
-            keys = ", ".join(repr(key[:30]) for key in list(row)[:8]) or "none"
-            raise ValueError(f"data.columns.{name}: there is no {own!r}, the row has {keys}")
+            there = _names(row)
+            raise ValueError(f"data.columns.{name}: there is no {own!r}, the row has {there}")
     kept = {key: value for key, value in row.items() if key not in {*columns, *columns.values()}}
     return kept | {name: row[own] for name, own in columns.items()}
 
 
-def _detect(row: dict[str, Any], columns: Columns) -> Kind:
+def _detect(row: dict[Any, Any], columns: Columns) -> Kind:
     found: list[Kind] = [
         kind for kind, keys in _REQUIRED.items() if all(key in row for key in keys)
     ]
@@ -218,11 +218,16 @@ def _detect(row: dict[str, Any], columns: Columns) -> Kind:
         return found[0]
     if found:
         raise ValueError(f"could be {' or '.join(found)}: set data.format to one of them")
-    keys = ", ".join(repr(key[:30]) for key in list(row)[:8]) or "none"
     raise ValueError(
-        f"got keys {keys}, expected text, or prompt and completion, or instruction and output, "
-        "or messages; data.columns maps other names: {prompt: question, completion: answer}"
+        f"got keys {_names(row)}, expected text, or prompt and completion, or instruction and "
+        "output, or messages; data.columns maps other names: {prompt: question, completion: answer}"
     )
+
+
+def _names(row: dict[Any, Any]) -> str:
+    """The first keys of a row for a message; rows in memory may have keys that are no text."""
+    keys = [key if isinstance(key, str) else repr(key) for key in list(row)[:8]]
+    return ", ".join(repr(key[:30]) for key in keys) or "none"
 
 
 def _record(row: dict[str, Any], kind: Kind, line: int) -> Record:

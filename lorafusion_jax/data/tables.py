@@ -15,6 +15,7 @@ from lorafusion_jax.data.records import MAX_LINE_BYTES, json_rows
 from lorafusion_jax.errors import DataError
 
 HUB = "hf://"
+_ONLY_SPLIT = "train"  # what data without splits are
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -26,13 +27,14 @@ def rows_of(
     Args:
         path: JSONL, CSV, TSV or Parquet file by its suffix, a folder saved by `datasets`, or
             hf://OWNER/NAME.
-        split: of a data set; files have none.
+        split: of a data set; files have none, and take none but the default.
         subset: configuration of a data set of the Hub.
 
     Raises:
         DataError: it cannot be read; names the package that is missing, the line or the row.
     """
     text = str(path)
+    refuse_options(text, split, subset)
     if text.startswith(HUB):
         return _hub_rows(text, split, subset)
     suffix = Path(path).suffix.casefold()
@@ -41,6 +43,23 @@ def rows_of(
     if suffix in _DELIMITERS:
         return _csv_rows(text, _DELIMITERS[suffix])
     return _parquet_rows(text) if suffix == ".parquet" else json_rows(path)
+
+
+def refuse_options(path: str, split: str, subset: str | None) -> None:
+    """Refuses a split or subset where there can be none: other rows would be read than were meant.
+
+    Raises:
+        DataError: the path is a file, or a folder with a subset.
+    """
+    if path.startswith(HUB):
+        return
+    folder = Path(path).is_dir()
+    if subset is not None:
+        message = f"got subset {subset!r}, which only data sets of the Hub ({HUB}...) have: remove"
+        raise DataError(f"{message} data.subset", path=path)
+    if split != _ONLY_SPLIT and not folder:
+        message = f"got split {split!r}, but a file has no splits: remove data.split, or give the"
+        raise DataError(f"{message} file that holds these rows", path=path)
 
 
 def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -114,6 +133,9 @@ def _folder_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
             there = ", ".join(map(str, loaded))
             raise DataError(f"has no split {split!r}, there are: {there}", path=path)
         loaded = loaded[split]
+    elif split not in (_ONLY_SPLIT, str(loaded.split)):
+        message = f"holds one data set without splits, got split {split!r}: remove data.split"
+        raise DataError(message, path=path)
     return enumerate(loaded, start=1)
 
 

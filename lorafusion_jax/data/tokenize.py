@@ -82,6 +82,25 @@ def prompt_text(record: Record, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
+def prompt_tokens(record: Record, tokenizer: Any) -> list[int]:
+    """Returns the prompt of `prompt_text` as the tokens that training puts in front of the answer.
+
+    A chat template writes its own begin token; a second one would be a prompt nobody trained on.
+    """
+    text = prompt_text(record, tokenizer)
+    if record.kind == "chat":
+        return tokenizer.encode(text, add_special_tokens=False)
+    return text_tokens(text, tokenizer)
+
+
+def text_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Returns a text to be continued: the tokenizer's begin token, if it writes one, no end token.
+
+    What a tokenizer adds by itself may include an end token, after which nothing would follow.
+    """
+    return _start_tokens(tokenizer) + tokenizer.encode(text, add_special_tokens=False)
+
+
 def _samples(
     records: Sequence[Record], tokenizer: Any, learn: Learn, name: str
 ) -> Iterator[tuple[Record, _Sample]]:

@@ -167,7 +167,7 @@ def read_tensors(directory: Path) -> dict[str, LazyTensor]:
             "save_pretrained"
         )
     tensors: dict[str, LazyTensor] = {}
-    weight_map = read_json(directory / _INDEX).get("weight_map", {})
+    weight_map = _weight_map(directory / _INDEX)
     for shard in sorted(set(weight_map.values())):
         # A shard's name is data of the index file: it must not lead out of the directory.
         if Path(shard).name != shard or not (directory / shard).is_file():
@@ -178,6 +178,20 @@ def read_tensors(directory: Path) -> dict[str, LazyTensor]:
     if missing := sorted(weight_map.keys() - tensors.keys()):
         raise ModelError(f"{directory / _INDEX}: {missing[0]} ({len(missing)} such) in no shard")
     return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The shard of each tensor, as the index file says."""
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        got = "none" if found in (None, {}) else type(found).__name__
+        raise ModelError(f"{path}: weight_map: expected an object of shards by tensor, got {got}")
+    for name, shard in found.items():
+        if not isinstance(shard, str):
+            raise ModelError(
+                f"{path}: weight_map: {name[:80]}: expected a file's name, got {str(shard)[:80]!r}"
+            )
+    return found
 
 
 def _read_shard(path: Path) -> dict[str, LazyTensor]:

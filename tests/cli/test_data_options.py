@@ -6,7 +6,7 @@ import pytest
 from lorafusion_jax.cli.answers import held_out
 from lorafusion_jax.cli.prepare import prepare, shown_sample
 from lorafusion_jax.cli.training import read_config
-from lorafusion_jax.config import config_diff, load_config
+from lorafusion_jax.config import DataConfig, config_diff, load_config
 from lorafusion_jax.errors import DataError
 from lorafusion_jax.train.run_folder import RunFolder
 
@@ -50,12 +50,13 @@ def test_questions_are_the_held_out_rows_of_their_source(mixed):
     ready = prepare(read_config(mixed))
     folder = RunFolder(mixed.parent / "run")
     folder.write_start(ready.config, "{}", None)
-    questions = held_out(folder, ready.base, "mixed", 2)
-    assert len(questions) == 2
+    questions, passed_over = held_out(folder, ready.base, "mixed", 2)
+    assert len(questions) == 2 and not passed_over
     for question, index in zip(questions, ready.jobs[0].eval_indices, strict=True):
         tokens, _ = ready.jobs[0].samples[index]
         text = ready.base.tokenizer.decode(tokens)
         assert text.startswith(question.prompt + question.expected)
+        assert question.tokens == tuple(tokens[: len(question.tokens)])
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,19 @@ def test_held_out_rows_of_another_file_are_read_as_the_data_are(project):
     broken = data.replace("prompt: q", "prompt: p")
     with pytest.raises(DataError, match=r"p\.csv:2: data\.columns\.prompt: there is no 'p'"):
         prepare(read_config(project, [broken], jobs="numbers"))
+
+
+def test_split_is_for_data_sets_and_not_for_files(project, lorafusion):
+    code, _, err = lorafusion("check", project, "--set", "jobs.numbers.data.split=validation")
+    assert code == 2 and "numbers.jsonl: got split 'validation'" in err
+
+
+def test_held_out_files_do_not_take_the_split_of_a_data_set():
+    data = DataConfig(path="hf://a/b", split="train[:90%]", subset="en")
+    at = data.at("hf://c/d")
+    assert (at.split, at.subset) == ("train[:90%]", "en")
+    at = data.at("held/out.jsonl")
+    assert (at.split, at.subset) == ("train", None)
 
 
 def test_a_source_may_move_but_its_weight_may_not_change(mixed):

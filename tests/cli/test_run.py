@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.cli import answers, compare, export
-from lorafusion_jax.errors import AdapterError
+from lorafusion_jax.cli import answers, compare, export, training
+from lorafusion_jax.errors import AdapterError, ModelError
 from lorafusion_jax.models import load_base
 from lorafusion_jax.train.run_folder import open_run
+from tests.cli.conftest import write_jsonl
 
 JOBS = ("numbers", "chat", "plain")
 
@@ -157,6 +158,7 @@ def test_merged_export_is_a_model_of_its_own(trained, lorafusion, tmp_path, base
     merged = load_base(out / "numbers")
     assert merged.tokenizer.encode("one") == base.tokenizer.encode("one")
     assert lorafusion(*words, "--out", tmp_path / "x", "--max-shard-size", "many")[0] == 2
+    assert lorafusion("export", run, "--max-shard-size", "1GB")[0] == 2  # without any effect
 
     from lorafusion_jax.models import merged as module
 
@@ -198,10 +200,54 @@ def test_damaged_adapter_is_refused(trained, lorafusion, tmp_path):
 
 def test_held_out_rows_are_those_training_left_out(trained, base):
     folder = open_run(trained[1])
-    questions = answers.held_out(folder, base, "chat", rows=5)
-    assert len(questions) == 2  # split: 2
+    questions, passed_over = answers.held_out(folder, base, "chat", rows=5)
+    assert len(questions) == 2 and not passed_over  # split: 2
     assert all(q.prompt.endswith("assistant\n") and q.expected for q in questions)
-    assert answers.held_out(folder, base, "plain", rows=5) == []
+    assert answers.held_out(folder, base, "plain", rows=5) == ([], 0)
+
+
+def test_prompts_that_do_not_fit_are_passed_over_and_said(trained, base):
+    """The context leaves room for none of numbers' prompts and for the shorter ones of chat."""
+    folder = open_run(trained[1])
+    lengths = {
+        name: sorted(len(q.tokens) for q in answers.held_out(folder, base, name, 9).questions)
+        for name in ("numbers", "chat")
+    }
+    shortest, room = lengths["chat"][0], answers._MAX_SAMPLE_TOKENS
+    tight = replace(base.config, max_position_embeddings=shortest + room)
+    found, passed_over = answers.held_out(folder, replace(base, config=tight), "chat", 2)
+    assert [len(q.tokens) for q in found] == [n for n in lengths["chat"] if n <= shortest]
+    assert passed_over == len(lengths["chat"]) - len(found)
+
+
+def test_samples_never_cost_a_run_its_outputs(project, lorafusion, tiny_model, tmp_path):
+    """Prompts longer than the context and empty ones; then an error that nobody foresaw."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
+    rows = [{"prompt": p, "completion": " yes"} for p in ("", "one two three four five six") * 4]
+    write_jsonl(project.parent / "data/numbers.jsonl", rows)
+    words = ("train", project, "--jobs", "numbers", "--set", f"base.model={model}")
+    code, out, err = lorafusion(*words, "--plain", "--max-steps", "1")
+    assert code == 0, err
+    run = project.parent / "run"
+    assert "2 held-out rows were passed over" in (run / "jobs/numbers/samples.md").read_text()
+    assert (run / "report.html").exists() and "passed over" in out
+
+
+@pytest.mark.parametrize("error", [ModelError("no room\nat all"), MemoryError()])
+def test_an_error_of_the_samples_is_a_line(trained, base, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(answers, "write_samples", fail)
+    training._answer(open_run(trained[1]), base, 2)
+    out = capsys.readouterr().out
+    assert out == f"samples  left out: {'no room' if str(error) else 'MemoryError'}\n"
+    monkeypatch.setattr(answers, "write_samples", lambda *_, **__: 1 / 0)  # our own bugs are shown
+    with pytest.raises(ZeroDivisionError):
+        training._answer(open_run(trained[1]), base, 2)
 
 
 @pytest.mark.parametrize("rank, served", [(1, 1), (4, 8), (16, 16), (17, 32), (200, 256)])

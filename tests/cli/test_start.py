@@ -50,6 +50,8 @@ def test_each_command_has_help(lorafusion, command):
         (["train", "missing.yaml"], "missing.yaml"),
         (["status", "."], "holds no run"),
         (["generate", "."], "--prompt"),
+        (["generate", ".", "--prompt", "x", "--top-p", "0.9"], "give --temperature too"),
+        (["init", "--demo", "--jobs", "3"], "--demo has four jobs of its own"),
         (["generate", ".", "--prompt", "x", "--checkpoint", "bset"], "--checkpoint"),
         (["eval", ".", "--checkpoint", "bset"], "--checkpoint"),
     ],

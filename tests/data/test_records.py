@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 
 from lorafusion_jax.data import Message, read_records, records_from_rows
+from lorafusion_jax.data.records import records_of
 from lorafusion_jax.errors import DataError
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
@@ -156,3 +157,15 @@ def test_unreadable_files(tmp_path):
 def test_rows_in_memory_are_named_by_number():
     with pytest.raises(DataError, match=r"^mine:2: completion is 3, expected a text"):
         records_from_rows([{"prompt": "", "completion": c} for c in ("a", 3)], name="mine")
+
+
+def test_keys_that_are_no_text_are_shown():
+    """Rows in memory come from anywhere."""
+    rows = [{1: "a", None: "b", ("x", 2): "c", "y" * 50: "d"}]
+    shown = f"'1', 'None', \"('x', 2)\", '{'y' * 30}'"
+    with pytest.raises(DataError) as caught:
+        records_of(enumerate(rows), "data", "auto")
+    assert f"got keys {shown}, expected text" in str(caught.value)
+    with pytest.raises(DataError) as caught:
+        records_of(enumerate(rows), "data", "auto", {"prompt": "q"})
+    assert f"there is no 'q', the row has {shown}" in str(caught.value)

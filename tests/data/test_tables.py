@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from lorafusion_jax.data import read_records, read_source, tables
+from lorafusion_jax.data import load_dataset, read_records, read_source, tables
 from lorafusion_jax.data.tables import rows_of
 from lorafusion_jax.errors import DataError
 
@@ -103,8 +103,29 @@ def test_a_folder_that_datasets_saved(tmp_path, jsonl):
     assert len(read_source(tmp_path / "d", columns=COLUMNS, split="test")) == 1
     with pytest.raises(DataError, match="has no split 'dev', there are: train, test"):
         read_source(tmp_path / "d", split="dev")
+    rows.save_to_disk(tmp_path / "one")
+    assert read_source(tmp_path / "one", columns=COLUMNS) == expected
+    with pytest.raises(DataError, match="holds one data set without splits, got split 'test'"):
+        read_source(tmp_path / "one", columns=COLUMNS, split="test")
     with pytest.raises(DataError, match="is no folder that `datasets` saved"):
         read_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tsv", "x.parquet", "none.jsonl"])
+def test_a_file_has_no_splits(tmp_path, name):
+    """The whole file would be read in place of the split that was asked for."""
+    if name != "none.jsonl":
+        (tmp_path / name).touch()
+    for options, words in (
+        ({"split": "test"}, "got split 'test', but a file has no splits: remove data.split"),
+        ({"subset": "en"}, "got subset 'en', which only data sets of the Hub"),
+    ):
+        with pytest.raises(DataError) as caught:
+            read_source(tmp_path / name, **options)
+        assert name in str(caught.value) and words in str(caught.value)
+    with pytest.raises(DataError, match="got split 'test'"):  # not hidden by a cached file either
+        options = {"split": "test", "cache_dir": tmp_path}
+        load_dataset(tmp_path / name, None, max_length=8, **options)
 
 
 def test_the_hub_goes_through_datasets(monkeypatch):

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lorafusion_jax.data import (
     prompt_text,
+    prompt_tokens,
     records_from_rows,
+    text_tokens,
     tokenize_dataset,
     with_system,
 )
@@ -165,6 +168,24 @@ def test_prompt_text(tokenizer):
     )
     assert prompt_text(pair, tokenizer) == "A:"
     assert prompt_text(chat, tokenizer) == ONE.split("«")[0]
+
+
+def test_prompts_have_the_tokens_that_training_puts_before_the_answer():
+    """One begin token, whoever writes it, and no end token, though the tokenizer adds one."""
+    tokenizer = tiny_tokenizer("<s>" + CHATML, bos=True)
+    start, end = ("<s>", tokenizer.bos_token_id), ("<|im_end|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[start, end]
+    )
+    text = "".join(tokenizer.apply_chat_template(_turns("Hi")["messages"], tokenize=False))
+    assert tokenizer.encode(text)[:2] == [start[1]] * 2  # what a naive prompt begins with
+    for row in ({"prompt": "A:", "completion": "b"}, _turns("Hi", "Paris")):
+        records = records_from_rows([row])
+        tokens, supervised = tokenize_dataset(records, tokenizer, max_length=64)[0]
+        given = prompt_tokens(records[0], tokenizer)
+        assert given == tokens[: len(given)].tolist() and supervised[len(given)]
+        assert not supervised[: len(given)].any() and given.count(start[1]) == 1
+    assert text_tokens("A:", tokenizer) == tokenizer.encode("A:")[:-1]
 
 
 ROWS = [{"prompt": "Answer:" * n, "completion": " Paris."} for n in (1, 5, 9, 30)]

@@ -133,7 +133,8 @@ def run_family(name: str, folder: Path, python: str) -> list[dict[str, Any]]:
     command("train", config, "--plain")
     for job, form in (("plain", "merged"), ("patterned", "merged"), ("patterned", "peft-uniform")):
         words = ("--job", job, "--format", form, "--out", folder / form)
-        command("export", run, *words, "--max-shard-size", "60KB", "--verify")
+        shards = ("--max-shard-size", "60KB") if form == "merged" else ()
+        command("export", run, *words, *shards, "--verify")
     tokens = np.arange(_TOKENS, dtype=np.int32) * 11 % load_base(folder / "base").config.vocab_size
     rows = []
     for job in ("plain", "patterned"):

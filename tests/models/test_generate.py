@@ -31,9 +31,10 @@ ONE_LAYER = dataclasses.replace(TINY, num_hidden_layers=1)
 class Words:
     """The tokenizer of a language whose words are numbers."""
 
-    eos_token_id, chat_template = 2, None
+    bos_token_id, eos_token_id, chat_template = None, 2, None
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens  # they may include an end token
         return [int(word) for word in text.split()]
 
     def decode(self, ids, skip_special_tokens):
@@ -86,7 +87,7 @@ def test_base_rows_are_the_bare_base(setup):
 
 def test_a_chat_prompt_is_rendered_as_a_users_message():
     class Chat(Words):
-        chat_template = "given"
+        bos_token_id, chat_template = 0, "given"
 
         def apply_chat_template(self, messages, *, add_generation_prompt, tokenize):
             assert messages == [{"role": "user", "content": "5 6"}]
@@ -94,7 +95,7 @@ def test_a_chat_prompt_is_rendered_as_a_users_message():
             return "1 5 6 3"
 
         def encode(self, text, add_special_tokens=True):
-            return [0] * add_special_tokens + super().encode(text)
+            return [0] * add_special_tokens + super().encode(text, False) + [2] * add_special_tokens
 
     base = random_base(ONE_LAYER, tokenizer=Chat())
     assert module._encode(base, "5 6", chat=True) == [1, 5, 6, 3]

@@ -123,6 +123,26 @@ def test_index_names_a_tensor_that_no_shard_has(directory):
     assert "model.extra.weight (1 such) in no shard" in refusal(directory)
 
 
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({}, "weight_map: expected an object of shards by tensor, got none"),
+        ({"weight_map": {}}, "got none"),
+        ({"weight_map": None}, "got none"),
+        ({"weight_map": ["a"]}, "got list"),
+        ({"weight_map": "one.safetensors"}, "got str"),
+        ({"weight_map": {"a.weight": 3}}, "weight_map: a.weight: expected a file's name, got '3'"),
+        ({"weight_map": {"a.weight": ["b"]}}, "weight_map: a.weight: expected a file's name"),
+        ([], "expected a JSON object, got list"),
+    ],
+)
+def test_malformed_index(directory, index, words):
+    (directory / SINGLE).rename(directory / "one.safetensors")
+    (directory / INDEX).write_text(json.dumps(index))
+    message = refusal(directory)
+    assert words in message and INDEX in message
+
+
 def test_generation_config_adds_end_tokens(directory):
     config = tiny_llama.CONFIGS["tied"] | {"eos_token_id": 2}
     (directory / "config.json").write_text(json.dumps(config))
