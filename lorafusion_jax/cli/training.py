@@ -94,12 +94,11 @@ def run_training(
     from lorafusion_jax.cli.progress import TrainProgress, bytes_text
     from lorafusion_jax.cli.session import device_line, start_jax
     from lorafusion_jax.cli.status import draw
-    from lorafusion_jax.models import load_base
     from lorafusion_jax.report import write_report
-    from lorafusion_jax.train.trainer import trainer_from_config
+    from lorafusion_jax.train.trainer import base_of_run, trainer_from_config
 
     start_jax()
-    base = load_base(run.base.model, run.base.dtype)
+    base = base_of_run(run)
     print(f"base     {base.name}, {run.base.dtype} ({bytes_text(size_of(base.model))})")
     print(f"device   {device_line()}", flush=True)
     with TrainProgress(plain=plain) as progress:
@@ -108,6 +107,8 @@ def run_training(
     show_sweeps(results)
     draw(results.folder)
     answered = {name: results.folder.job(name) / "samples.md" for name in results}
+    if base.unread is not None:
+        samples = 0  # the model is whole nowhere, so it answers nothing here
     if samples and not (progress.resumed_at_end and any(p.exists() for p in answered.values())):
         _answer(results.folder, base, samples)
     report = write_report(results.folder)
@@ -116,6 +117,8 @@ def run_training(
             print("\n" + path.read_text(encoding="utf-8"), end="")
     print(f"\nadapters {results.folder.path}/jobs/*/adapter")
     print(f"report   {report} (open it in a browser), summary.md, loss.png, utilisation.png")
+    if base.unread is not None:
+        print("samples  none: the base model is spread over several devices; generate loads it")
     print(f'try      lorafusion generate {results.folder.path} --base --prompt "..."')
     print(f"serve    lorafusion export {results.folder.path} --verify")
     return results

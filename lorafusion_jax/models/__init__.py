@@ -3,7 +3,7 @@
 from lorafusion_jax.models.attention import Segments
 from lorafusion_jax.models.config import ModelConfig, RopeScaling
 from lorafusion_jax.models.decoder import Decoder
-from lorafusion_jax.models.hf_weights import Base, load_base, random_base
+from lorafusion_jax.models.hf_weights import Base, load_base, open_base, random_base
 
 __all__ = [
     "Base",
@@ -12,5 +12,6 @@ __all__ = [
     "RopeScaling",
     "Segments",
     "load_base",
+    "open_base",
     "random_base",
 ]

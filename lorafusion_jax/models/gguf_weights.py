@@ -72,14 +72,20 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor], dict[str,
     tensors = {}
     for name, tensor in raw.items():
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        read = partial(_read, dequantize, tensor, shape, heads.get(_kind(name)))
-        tensors[_hf_name(name)] = LazyTensor(shape, read)
+        num_heads = heads.get(_kind(name))
+        read = partial(_read, dequantize, tensor, shape, num_heads)
+        rows = partial(_read_rows, dequantize, tensor) if num_heads is None else None
+        tensors[_hf_name(name)] = LazyTensor(shape, read, read_rows=rows)
     return config, tensors, metadata
 
 
 def _read(dequantize, tensor, shape: tuple[int, ...], num_heads: int | None) -> np.ndarray:
     values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
     return values if num_heads is None else unpermute(values, num_heads)
+
+
+def _read_rows(dequantize, tensor, start: int, stop: int) -> np.ndarray:
+    return dequantize(tensor.data[start:stop], tensor.tensor_type)
 
 
 def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:

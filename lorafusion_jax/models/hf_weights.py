@@ -4,11 +4,11 @@ Only safetensors and GGUF are read, never pickle.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,7 +20,13 @@ from lorafusion_jax.models.decoder import Decoder
 from lorafusion_jax.models.gguf_weights import read_gguf
 from lorafusion_jax.models.hub import hub_id, local_model
 from lorafusion_jax.models.tokenizer import gguf_tokenizer, load_tokenizer
-from lorafusion_jax.models.weights import LazyTensor, build_decoder, random_decoder
+from lorafusion_jax.models.weights import (
+    LazyTensor,
+    build_decoder,
+    outline_decoder,
+    random_decoder,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,6 +53,8 @@ class Base:
         path: where it was loaded from, a path or a hub id; "" for a random one.
         name: what to call it.
         make_tokenizer: builds the tokenizer; None if the model has none.
+        unread: weights that are still in their files, by Hugging Face's names; the model is an
+            outline then (`open_base`). None where it is loaded.
     """
 
     model: Decoder
@@ -54,6 +62,17 @@ class Base:
     path: str
     name: str
     make_tokenizer: Callable[[], "PreTrainedTokenizerFast"] | None = None
+    unread: Mapping[str, LazyTensor] | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of weights and activations."""
+        return self.model.model.norm.weight.get_value().dtype
+
+    @property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """The weights by Hugging Face's names, loaded or not; of a loaded model in its dtype."""
+        return tensors_of(self.model) if self.unread is None else self.unread
 
     @property
     def reference(self) -> str:
@@ -82,23 +101,49 @@ def load_base(path: str | Path, dtype: Dtype = "float32") -> Base:
     Raises:
         ModelError: the path, architecture, weights or dtype cannot be used.
     """
+    found = _find(path, dtype)
+    model = build_decoder(found.config, found.tensors, jnp.dtype(dtype), found.where)
+    return Base(model, found.config, str(path), found.name, found.make_tokenizer)
+
+
+def open_base(path: str | Path, dtype: Dtype = "float32") -> Base:
+    """Opens a model without reading its weights; whoever wants some reads them from `unread`.
+
+    Args: see `load_base`, whose checks are made here too.
+
+    Returns:
+        The model, its leaves `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ModelError: see `load_base`.
+    """
+    found = _find(path, dtype)
+    model, tensors = outline_decoder(found.config, found.tensors, jnp.dtype(dtype), found.where)
+    return Base(model, found.config, str(path), found.name, found.make_tokenizer, tensors)
+
+
+class _Found(NamedTuple):
+    """What a path holds; of the weights, only the headers were read."""
+
+    config: ModelConfig
+    tensors: dict[str, LazyTensor]
+    where: str
+    name: str
+    make_tokenizer: Callable[[], "PreTrainedTokenizerFast"]
+
+
+def _find(path: str | Path, dtype: str) -> _Found:
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is not supported: expected one of {list(_DTYPES)}")
     if (hub := hub_id(path)) is not None:
-        base = _load_directory(local_model(path), dtype)
-        return replace(base, path=str(path), name=hub.repo)
+        return _find_directory(local_model(path))._replace(name=hub.repo)
     path = Path(path)
     if path.is_dir():
-        return _load_directory(path, dtype)
+        return _find_directory(path)
     if path.suffix == ".gguf" and path.is_file():
         config, tensors, metadata = read_gguf(path)
-        return Base(
-            build_decoder(config, tensors, jnp.dtype(dtype), str(path)),
-            config,
-            str(path),
-            path.stem,
-            partial(gguf_tokenizer, metadata, str(path)),
-        )
+        tokenizer = partial(gguf_tokenizer, metadata, str(path))
+        return _Found(config, tensors, str(path), path.stem, tokenizer)
     raise ModelError(
         f"{path}: no such model: expected a Hugging Face directory, a .gguf file, or hf://ORG/NAME "
         "for a model to be downloaded from the hub"
@@ -123,16 +168,15 @@ def random_base(
     return Base(model, config, "", "random", None if tokenizer is None else lambda: tokenizer)
 
 
-def _load_directory(directory: Path, dtype: Dtype) -> Base:
+def _find_directory(directory: Path) -> _Found:
     values = read_json(directory / "config.json")
     config = ModelConfig.from_hf(values)
     generation = directory / "generation_config.json"
     if generation.is_file():
         more = token_ids(read_json(generation), "eos_token_id")
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
-    model = build_decoder(config, read_tensors(directory), jnp.dtype(dtype), str(directory))
-    name = directory.resolve().name
-    return Base(model, config, str(directory), name, partial(load_tokenizer, directory))
+    name, tokenizer = directory.resolve().name, partial(load_tokenizer, directory)
+    return _Found(config, read_tensors(directory), str(directory), name, tokenizer)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,5 +256,10 @@ def _read_shard(path: Path) -> dict[str, LazyTensor]:
             tuple(header.get_shape()),
             partial(file.get_tensor, name),
             _FLOATS[header.get_dtype()],
+            partial(_read_rows, header),
         )
     return tensors
+
+
+def _read_rows(header, start: int, stop: int) -> np.ndarray:
+    return header[start:stop]

@@ -12,11 +12,12 @@ from lorafusion_jax.models import Base
 from lorafusion_jax.models.decoder import Remat
 from lorafusion_jax.parallel.convert import Names, from_one_device, make_names, to_one_device
 from lorafusion_jax.parallel.layout import even_layout
+from lorafusion_jax.parallel.loading import place_base
 from lorafusion_jax.parallel.mesh import Device, make_mesh
 from lorafusion_jax.parallel.pipeline import Order, Pipeline
 from lorafusion_jax.parallel.stage import StageModel
 from lorafusion_jax.parallel.state import StreamState, bank_shapes, mesh_sizes
-from lorafusion_jax.parallel.weights import Frozen, place_base
+from lorafusion_jax.parallel.weights import Frozen
 from lorafusion_jax.train.batch import PackedBatch
 from lorafusion_jax.train.step import TrainState, loss_chunk
 
@@ -78,7 +79,7 @@ def make_engine(
     """Puts a base model on a mesh.
 
     Args:
-        base: its layers may lie on their devices already (`base_placement`).
+        base: loaded, or opened (`open_base`): then each stage reads its own weights.
         bank: adapters, for the names of their modules.
         data: copies of the pipeline.
         stage: stages of the pipeline.
@@ -99,8 +100,9 @@ def make_engine(
     for path in names.paths:
         (place,) = layout.place_paths([path])
         widths[place] = (linears[path].in_features, linears[path].out_features)
-    dtype = base.model.model.norm.weight[...].dtype
-    model = StageModel(config, dtype, layout.places, names.places, "save", remat, deterministic)
+    model = StageModel(
+        config, base.dtype, layout.places, names.places, "save", remat, deterministic
+    )
     chunk = loss_chunk(-(-config.vocab_size // stage), capacity)
     pipeline = Pipeline(mesh, model, layout.first, order, chunk)
     return MeshEngine(pipeline, names, place_base(base, layout, mesh), widths)

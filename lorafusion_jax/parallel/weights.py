@@ -1,18 +1,16 @@
 """Frozen weights on the mesh: each layer on its stage, vocabulary split over stages."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PyTree
 
-from lorafusion_jax.models import Base, ModelConfig
+from lorafusion_jax.models import ModelConfig
 from lorafusion_jax.parallel.layout import Layout
-from lorafusion_jax.parallel.mesh import PER_STAGE, REPLICATED, STAGE, Device
-from lorafusion_jax.parallel.stage import LayerWeights, flat_arrays, layer_shapes
+from lorafusion_jax.parallel.mesh import PER_STAGE, REPLICATED, STAGE
+from lorafusion_jax.parallel.stage import LayerWeights, layer_shapes
 from lorafusion_jax.parallel.state import mesh_sizes
 from lorafusion_jax.parallel.vocabulary import padded_vocabulary
 
@@ -41,34 +39,6 @@ class Frozen(NamedTuple):
 def frozen_specs(frozen: Frozen) -> PyTree:
     """Returns how the weights lie on the mesh."""
     return jax.tree.map(lambda _: PER_STAGE, frozen)._replace(norm=REPLICATED)
-
-
-def place_base(base: Base, layout: Layout, mesh: Mesh) -> Frozen:
-    """Puts a base model's weights on the mesh; arrays that lie right already are not copied."""
-    model = base.model
-    layers = [flat_arrays(layer) for layer in model.model.layers]
-    places = []
-    for place in range(layout.places):
-        names = layer_shapes(base.config, model.model.norm.weight[...].dtype)
-        places.append(
-            {
-                name: _by_stage(
-                    mesh,
-                    [
-                        None if (i := layout.layer(stage, place)) is None else layers[i][name]
-                        for stage in range(layout.stages)
-                    ],
-                    shape,
-                )
-                for name, shape in names.items()
-            }
-        )
-    head = (
-        None if base.config.tie_word_embeddings else _rows(mesh, base.config, model.head_weight())
-    )
-    norm = jax.device_put(model.model.norm.weight[...], NamedSharding(mesh, REPLICATED))
-    embedding = _rows(mesh, base.config, model.model.embed_tokens.weight[...])
-    return Frozen(places, norm, embedding, head)
 
 
 def random_weights(
@@ -109,32 +79,3 @@ def random_weights(
     embedding = normal(number + 1, (share, d), d)
     head = None if config.tie_word_embeddings else normal(number + 2, (share, d), d)
     return Frozen(layers, norm, embedding, head)
-
-
-def stage_devices(mesh: Mesh) -> Iterator[tuple[int, Device]]:
-    """Yields (stage, device) of this process's devices."""
-    for rank in mesh.devices:
-        for stage, device in enumerate(rank):
-            if device.process_index == jax.process_index():
-                yield stage, device
-
-
-def _by_stage(mesh: Mesh, arrays: list[Array | None], shape: jax.ShapeDtypeStruct) -> Array:
-    """Concatenates one array per stage without moving what is in place; None is zeros."""
-    shards = []
-    for stage, device in stage_devices(mesh):
-        array = arrays[stage]
-        if array is None:
-            array = np.zeros(shape.shape, shape.dtype)
-        shards.append(jax.device_put(array, device))
-    whole = (len(arrays) * shape.shape[0], *shape.shape[1:])
-    return jax.make_array_from_single_device_arrays(whole, NamedSharding(mesh, PER_STAGE), shards)
-
-
-def _rows(mesh: Mesh, config: ModelConfig, table: Array) -> Array:
-    """Splits a vocabulary table over the stages."""
-    stages = mesh_sizes(mesh)[1]
-    rows = padded_vocabulary(config.vocab_size, stages)
-    if table.shape[0] != rows:
-        table = jnp.pad(table, [(0, rows - table.shape[0]), (0, 0)])
-    return jax.device_put(table, NamedSharding(mesh, PER_STAGE))

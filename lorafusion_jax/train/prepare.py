@@ -160,7 +160,7 @@ def memory_step(
         capacity,
         num_slots,
         max(job.max_rank for job in jobs),
-        itemsize=base.model.head_weight().dtype.itemsize,
+        itemsize=base.dtype.itemsize,
         loss_chunk=loss_chunk(base.config.vocab_size, capacity),
         segments=segments,
         moments=moments_of(job.config.optim.name for job in jobs),
@@ -257,4 +257,4 @@ def _job_summary(job: TrainJob, widths: dict[str, int]) -> JobSummary:
 
 
 def _bytes(tree: PyTree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -15,6 +15,7 @@ from flax import nnx
 from lorafusion_jax.config import JobConfig, RunConfig, config_diff
 from lorafusion_jax.errors import CheckpointError, ConfigError
 from lorafusion_jax.models.hf_weights import Base
+from lorafusion_jax.models.weights import tensor_name
 from lorafusion_jax.train.checkpoint import Checkpoints, Leaves, Restored, leaves_of, unflatten_like
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.run_folder import RunFolder
@@ -26,11 +27,34 @@ def base_fingerprint(base: Base) -> str:
     """Returns a hash of the base model's shape, its norm weights and one row of every matrix.
 
     Those few megabytes differ between any two trainings of one architecture; hashing all weights
-    would read gigabytes at every start.
+    would read gigabytes at every start. Rows are those of the files, so that a model that is not
+    loaded has the same hash and little of it is read.
     """
     digest = hashlib.sha256(repr(base.config).encode())
-    for leaf in jax.tree.leaves(nnx.state(base.model)):
-        row = leaf[(0,) * (leaf.ndim - 1)] if leaf.ndim else leaf
+    for name, tensor in sorted(base.tensors.items()):
+        row = tensor.rows(0, 1) if len(tensor.shape) > 1 else tensor.read()
+        digest.update(f"{name}{base.dtype}{tensor.shape}".encode())
+        digest.update(jax.numpy.asarray(row).astype(base.dtype).tobytes())
+    return _BY_ROWS + digest.hexdigest()
+
+
+_BY_ROWS = "rows:"
+
+
+def _is_base(fingerprint: str, base: Base) -> bool:
+    """Whether a checkpoint's fingerprint is this base model's."""
+    if fingerprint.startswith(_BY_ROWS):
+        return fingerprint == base_fingerprint(base)
+    return fingerprint == _fingerprint_by_columns(base)
+
+
+def _fingerprint_by_columns(base: Base) -> str:
+    """The fingerprint of release 0.1.0, which reads the files' columns: all of them."""
+    digest = hashlib.sha256(repr(base.config).encode())
+    for path, variable in nnx.to_flat_state(nnx.state(base.model)):
+        leaf, (name, transposed) = variable.get_value(), tensor_name(path)
+        whole = jax.numpy.asarray(base.tensors[name].read()).astype(base.dtype)
+        row = whole[:, 0] if transposed else whole[(0,) * (whole.ndim - 1)]
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
         digest.update(np.asarray(row).tobytes())
     return digest.hexdigest()
@@ -80,7 +104,7 @@ def check_same_run(
     """
     old = RunConfig.model_validate_json(json.dumps(saved["config"]))
     problems = [str(change) for change in config_diff(old, config) if change.kind == "refused"]
-    if saved["base"] != base_fingerprint(base):
+    if not _is_base(saved["base"], base):
         problems.append("base.model: it has other weights or another shape than before")
     for job in jobs:
         before = saved["data"].get(job.name)

@@ -23,7 +23,7 @@ from lorafusion_jax.config import (
     TrainConfig,
 )
 from lorafusion_jax.errors import ConfigError
-from lorafusion_jax.models.hf_weights import Base, load_base
+from lorafusion_jax.models.hf_weights import Base, load_base, open_base
 from lorafusion_jax.parallel.feed import for_one_device
 from lorafusion_jax.parallel.mesh import check_mesh
 from lorafusion_jax.parallel.order import best_schedule
@@ -145,7 +145,7 @@ class MultiTrainer:
         if self._config is not None:
             return self._config
         model = self._base.path or self._base.name
-        dtype = str(self._base.model.head_weight().dtype)
+        dtype = str(self._base.dtype)
         with _config_errors("MultiTrainer"):
             return RunConfig(
                 base=BaseModelConfig(model=model, dtype=dtype),  # pyright: ignore[reportArgumentType]
@@ -247,6 +247,16 @@ class MultiTrainer:
         )
 
 
+def base_of_run(config: RunConfig) -> Base:
+    """Returns the base model of a run: loaded, or opened where several devices will share it.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    make = open_base if config.parallel.devices > 1 else load_base
+    return make(config.base.model, config.base.dtype)
+
+
 def trainer_from_config(
     config: RunConfig,
     *,
@@ -266,7 +276,7 @@ def trainer_from_config(
         ModelError: the base model cannot be loaded.
     """
     trainer = MultiTrainer(
-        load_base(config.base.model, config.base.dtype) if base is None else base,
+        base_of_run(config) if base is None else base,
         output=config.output,
         seed=config.seed,
         batching=config.batching,

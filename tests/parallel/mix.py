@@ -12,12 +12,13 @@ from lorafusion_jax.lora.bank import attach_adapters, multi_linears, split_adapt
 from lorafusion_jax.models import ModelConfig, random_base
 from lorafusion_jax.parallel.convert import Names, from_one_device, make_names, to_one_device
 from lorafusion_jax.parallel.layout import Layout, even_layout
+from lorafusion_jax.parallel.loading import place_base
 from lorafusion_jax.parallel.mesh import make_mesh
 from lorafusion_jax.parallel.pipeline import Pipeline
 from lorafusion_jax.parallel.stage import StageModel
 from lorafusion_jax.parallel.state import StreamState, bank_shapes
 from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
-from lorafusion_jax.parallel.weights import Frozen, place_base
+from lorafusion_jax.parallel.weights import Frozen
 from lorafusion_jax.train.batch import JobRows, pack
 from lorafusion_jax.train.optimizer import OPTIMIZERS, SCHEDULES, Hyper
 from lorafusion_jax.train.step import Model, TrainState, init_state, train_step, update_step
