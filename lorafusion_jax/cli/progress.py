@@ -40,6 +40,7 @@ class TrainProgress:
         self._clock = clock
         self._first_step: dict[str, tuple[float, int]] = {}
         self._first_microbatch: tuple[float, int] | None = None
+        self._tokens = 0  # since then
 
     def __enter__(self):
         self._screen.__enter__()
@@ -105,10 +106,14 @@ class TrainProgress:
         now = self._clock()
         if self._first_microbatch is None:
             self._first_microbatch = now, event.index
+            self._tokens = 0
+        else:
+            self._tokens += event.tokens
         start, first = self._first_microbatch
-        if event.index > first:
+        if event.index > first and now > start:
             left = event.total - event.index - 1
             self._screen.eta_s = (now - start) * left / (event.index - first)
+            self._screen.tokens_per_s = self._tokens / (now - start)
         self._screen.refresh()
 
     def _step(self, event: events.StepDone) -> None:

@@ -35,6 +35,9 @@ def run_status(folder: "RunFolder", now: float) -> dict[str, Any]:
     last = events[-1] if events else None
     ended = last is not None and last["event"] == "RunEnded"
     state = "ended" if ended else "running" if is_locked(folder.path) else "interrupted"
+    live = folder.live()
+    if live.get("time", 0.0) < since:  # of the process before, and nothing has happened yet
+        live = {}
     total = _planned_microbatches(folder)
     done = max((index + 1 for _, index in recent), default=planned[-1]["start"] if planned else 0)
     per_microbatch = None
@@ -42,21 +45,40 @@ def run_status(folder: "RunFolder", now: float) -> dict[str, Any]:
         per_microbatch = (recent[-1][0] - recent[0][0]) / (recent[-1][1] - recent[0][1])
     jobs = {name: _job(name, lines, events, since) for name, lines in metrics.items()}
     rates = [job["tokens_per_s"] for job in jobs.values() if job["tokens_per_s"] is not None]
+    rate, at = sum(rates) if rates else None, recent[-1][0] if recent else now
+    if live and live["microbatch"] >= done:
+        done, at = live["microbatch"], live["time"]
+        seconds, count = at - live["since"]["time"], done - live["since"]["microbatch"]
+        if seconds > 0 and count > 0:
+            per_microbatch, rate = seconds / count, live["tokens"] / seconds
+        for name, found in live["jobs"].items():
+            if name in jobs:
+                _update(jobs[name], found)
     eta = None
     if state == "running" and total is not None and per_microbatch is not None:
-        eta = max(0.0, per_microbatch * (total - done) - (now - recent[-1][0]))
+        eta = max(0.0, per_microbatch * (total - done) - (now - at))
     return {
         "run": str(folder.path),
         "state": state,
         "microbatch": total if ended and total is not None else done,
         "microbatches": total,
-        "tokens_per_s": sum(rates) if rates else None,
+        "tokens_per_s": rate,
         "eta_s": eta,
         "seconds_since_event": None if last is None else max(0.0, now - last["time"]),
         "last_event": None if last is None else last["event"],
         "seconds": last["seconds"] if last is not None and ended else None,
         "jobs": jobs,
     }
+
+
+def _update(job: dict[str, Any], live: dict[str, Any]) -> None:
+    """Brings a job up to the last step that status.json knows."""
+    if live["step"] > job["step"] or job["status"] in ("training", "waiting"):
+        job["step"] = max(job["step"], live["step"])
+        job["loss"] = live["loss"]
+        job["status"] = "training" if job["status"] == "waiting" else job["status"]
+    if live["tokens_per_s"] is not None:
+        job["tokens_per_s"] = live["tokens_per_s"]
 
 
 def is_locked(path: Path) -> bool:

@@ -61,11 +61,11 @@ def job_line(metrics: list[dict[str, Any]], events: list[dict[str, Any]], name: 
         if event["event"] == "RunPlanned":
             line.total = next((j["steps"] for j in event["jobs"] if j["name"] == name), 0)
         elif event["event"] == "JobEnded" and event["job"] == name:
-            line.note = event["status"]
+            line.note, line.step = event["status"], event["step"]
     steps = [m for m in metrics if m.get("loss") is not None]
     evals = [m for m in metrics if m.get("eval_loss") is not None]
     if steps:
-        line.step, line.loss = steps[-1]["step"], steps[-1]["loss"]
+        line.step, line.loss = max(line.step, steps[-1]["step"]), steps[-1]["loss"]
         seconds = steps[-1]["time"] - steps[0]["time"]
         if seconds > 0:
             line.tokens_per_s = (steps[-1]["tokens"] - steps[0]["tokens"]) / seconds

@@ -88,6 +88,8 @@ class Screen:
 
     Attributes:
         eta_s: seconds left, set by the caller.
+        tokens_per_s: real tokens of all jobs per second, set by the caller: jobs train at different
+            times, so their own rates do not add up to it.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Screen:
         self._shown: dict[str, tuple[float, int]] = {}
         self._start = clock()
         self.eta_s: float | None = None
+        self.tokens_per_s: float | None = None
 
     def __enter__(self):
         if not self._plain:
@@ -152,6 +155,6 @@ class Screen:
         return "" if self.eta_s is None else f"  ETA {duration(self.eta_s)}"
 
     def _table(self) -> Table:
-        speed = sum(line.tokens_per_s or 0.0 for line in self.lines)
-        caption = f"total {speed:,.0f} tok/s" + self._eta()
+        speed = "" if self.tokens_per_s is None else f"total {self.tokens_per_s:,.0f} tok/s"
+        caption = (speed + self._eta()).strip()
         return make_table(HEADINGS, [line.cells() for line in self.lines], caption)

@@ -259,7 +259,8 @@ class MeshRun(Run):
         for stretch in microbatch.stretches:
             if stretch.ends and stretch.job not in self.ended:
                 self.progress[stretch.job].step = stretch.batch + 1
-        self.tokens += sum(stretch.tokens() for stretch in microbatch.stretches)
+        live = [stretch for stretch in microbatch.stretches if self._is_live(stretch.job)]
+        self.tokens += sum(stretch.tokens() for stretch in live)
         ends = any(stretch.ends for stretch in microbatch.stretches)
         self._outcomes.dispatched(index, report.loss, report if ends else None)
         self._outcomes.settle()

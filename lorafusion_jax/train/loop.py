@@ -163,9 +163,10 @@ class Run:
         for job in self.jobs:
             if self.schedule.first.get(job.name) == index and self._is_live(job.name):
                 self._start(job)
-        if any(self._is_live(stretch.job) for stretch in microbatch.stretches):
+        live = [stretch for stretch in microbatch.stretches if self._is_live(stretch.job)]
+        if live:
             self._train(index)
-        self.tokens += sum(stretch.tokens() for stretch in microbatch.stretches)
+        self.tokens += sum(stretch.tokens() for stretch in live)
         self._after(index)
         self._tell_saved(self.saver.finished())
 

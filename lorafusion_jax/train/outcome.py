@@ -83,13 +83,13 @@ class Outcomes:
 
     def _report(self, index: int, report: StepReport | None) -> None:
         microbatches = self._schedule.plan.microbatches
-        microbatch = microbatches[index]
+        microbatch, tokens = microbatches[index], 0
         for stretch in microbatch.stretches:
             live = self._progress[stretch.job].status != "frozen"
             live = live and index < self._ended.get(stretch.job, index + 1)
+            tokens += stretch.tokens() if live else 0  # others were padding
             if stretch.ends and live and report is not None:
                 self._report_step(index, stretch, report)
-        tokens = sum(stretch.tokens() for stretch in microbatch.stretches)
         self._listener(MicrobatchDone(index, len(microbatches), tokens, microbatch.capacity))
 
     def _report_step(self, index: int, stretch: Stretch, report: StepReport) -> None:

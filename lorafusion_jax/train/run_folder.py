@@ -4,6 +4,7 @@
     jobs/NAME/{metrics.jsonl, adapter/, adapter_last/}
     checkpoints/STEP/    the state of all jobs together
     control/             requests to the process that trains
+    status.json          how far it is now, for `lorafusion status`
     stacks.txt           of every thread, if the watchdog ended the run
     summary.md  report.html  loss.png  utilisation.png
 
@@ -37,6 +38,7 @@ _CONTENTS = (
     "tensorboard",
     "checkpoints",
     "control",
+    "status.json",
     "stacks.txt",
     "summary.md",
     "sweep.json",
@@ -93,6 +95,14 @@ class RunFolder:
         for name in _CONTENTS:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def live(self) -> dict[str, Any]:
+        """Returns what status.json holds; empty where there is none that can be read."""
+        try:
+            found = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def write_plan(self, plan_json: str) -> None:
         """Writes the plan: at the start, and when it has changed."""

@@ -33,6 +33,7 @@ from lorafusion_jax.train.drive import drive, explained_memory, fan_out, peak_by
 from lorafusion_jax.train.events import Listener, RunEnded
 from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.jobs import Data, TrainJob, resolve_job
+from lorafusion_jax.train.live_status import LiveStatus
 from lorafusion_jax.train.lock import run_lock
 from lorafusion_jax.train.metrics import RunWriter, write_summary
 from lorafusion_jax.train.obey import Obedience
@@ -187,7 +188,8 @@ class MultiTrainer:
                 BackgroundSaver(saved.checkpoints) as saver,
                 Sinks(config, folder, saved.steps, fan_out(writer, self._listener)) as sinks,
             ):
-                listener = fan_out(watchdog.alive, writer, sinks, self._listener)
+                live = LiveStatus(folder)
+                listener = fan_out(watchdog.alive, writer, live, sinks, self._listener)
                 run = prepare_run(self._base, folder, schedule, saved, saver, listener, goodput)
                 planned.append(run.planned_memory)
                 run.redo_until = writer.lost

@@ -89,6 +89,19 @@ def test_eta_comes_from_microbatches(progress, clock):
     assert progress._screen.eta_s == pytest.approx(2.0 * 15)
 
 
+def test_the_total_rate_is_of_the_whole_run(clock, monkeypatch, capsys):
+    """Two jobs one after the other, each 50 tokens/s while it trains, are 50 together, not 100."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with TrainProgress(clock=clock) as shown:
+        shown(planned())
+        for index in range(20):
+            clock.now = 2.0 * index
+            shown(step("sql" if index < 10 else "emoji", index % 10 + 1, 100 * (index % 10 + 1)))
+            shown(events.MicrobatchDone(index, 20, 100, 128))
+    assert [line.tokens_per_s for line in shown._screen.lines] == [50.0, 50.0]
+    assert "total 50 tok/s" in capsys.readouterr().out.splitlines()[-2]
+
+
 def test_base_and_best_are_kept(progress, capsys):
     progress(planned())
     for n, loss, best in ((0, 4.0, True), (2, 2.0, True), (4, 3.0, False)):

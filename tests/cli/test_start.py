@@ -204,12 +204,12 @@ def test_status_reads_metrics_and_events():
         {"step": 3, "loss": None, "eval_loss": 2.5, "time": 5.0, "microbatch": 2},
     ]
     events = [
-        {"event": "RunPlanned", "time": 0.0, "jobs": [{"name": "a", "steps": 3}]},
-        {"event": "JobEnded", "time": 5.0, "job": "a", "status": "done"},
+        {"event": "RunPlanned", "time": 0.0, "jobs": [{"name": "a", "steps": 4}]},
+        {"event": "JobEnded", "time": 5.0, "job": "a", "status": "done", "step": 4},
         {"event": "RunEnded", "time": 6.0, "seconds": 65.0},
     ]
     line = status.job_line(metrics, events, "a")
-    assert (line.step, line.total, line.loss, line.eval_loss) == (3, 3, 2.0, 2.5)
+    assert (line.step, line.total, line.loss, line.eval_loss) == (4, 4, 2.0, 2.5)
     assert line.tokens_per_s == 100.0 and line.note == "done"
     assert status.run_state(events, 10.0) == "ended after 1:05"
     assert status.run_state(events[:2], 70.0) == "last event 1:05 ago (JobEnded)"

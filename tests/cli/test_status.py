@@ -7,6 +7,8 @@ import pytest
 
 from lorafusion_jax.cli.run_status import run_status
 from lorafusion_jax.config import load_config
+from lorafusion_jax.train.events import MicrobatchDone, RunEnded, StepDone
+from lorafusion_jax.train.live_status import LiveStatus
 from lorafusion_jax.train.run_folder import RunFolder
 
 PLAN = json.dumps({"microbatches": [[]] * 20})
@@ -115,3 +117,44 @@ def test_of_a_run_that_has_ended(run, lorafusion):
     assert row[1:7] == ["3/10", "1.500", "5.000", "3.000", "4.000", "@3"]
     code, out, _ = lorafusion("status", run.path, "--json")
     assert code == 0 and json.loads(out)["jobs"]["numbers"]["best_loss"] == 3.0
+
+
+def trained(job, number, tokens):
+    return StepDone(job, number, 10, 1.0 / number, tokens, 1e-3, 1.0, True, number)
+
+
+def test_the_last_step_is_known_though_metrics_have_few_lines(run):
+    """Two jobs, one after the other at 50 tokens/s each; the metrics end at step 3."""
+    times = iter([1052.0, *(1052.0 + 2 * i for i in range(6) for _ in range(2)), 1070.0])
+    listener = LiveStatus(run, clock=lambda: next(times))
+    listener(RunEnded(0.0, 0, None))  # before any microbatch: nothing to write
+    assert not run.live()
+    for i in range(6):
+        job, number = ("numbers", 4 + i) if i < 3 else ("chat", i - 2)
+        listener(trained(job, number, 100 * number))
+        listener(MicrobatchDone(9 + i, 20, 100, 128))
+    found = run_status(run, 1063.0)
+    assert (found["microbatch"], found["tokens_per_s"]) == (15, 50.0)
+    numbers, chat = found["jobs"]["numbers"], found["jobs"]["chat"]
+    assert (numbers["step"], numbers["loss"], numbers["tokens_per_s"]) == (6, 1 / 6, 50.0)
+    assert (chat["status"], chat["step"], chat["tokens_per_s"]) == ("training", 3, 50.0)
+    assert numbers["best_loss"] == 3.0  # what only the metrics know stays
+    # A process that starts again has done nothing yet, whatever the one before had.
+    write(run.path / "events.jsonl", [{"event": "RunPlanned", "time": 2e3, "jobs": [], "start": 9}])
+    found = run_status(run, 2001.0)
+    assert (found["microbatch"], found["jobs"]["numbers"]["step"]) == (9, 3)
+
+
+def test_status_is_written_once_a_second_and_when_the_run_ends(run):
+    now = 0.0
+    listener = LiveStatus(run, clock=lambda: now)
+    seen = []
+    for i in range(30):
+        now = 100 + 0.3 * i
+        listener(MicrobatchDone(i, 40, 10, 128))
+        seen.append(run.live()["microbatch"])
+    assert 7 <= len(set(seen)) <= 10 and seen[-1] < 30
+    listener(RunEnded(9.0, 300, None))
+    assert run.live()["microbatch"] == 30 and run.live()["tokens"] == 290
+    (run.path / "status.json").write_text("{")
+    assert run.live() == {} and run_status(run, 2000.0)["microbatch"] == 9  # unreadable: as before

@@ -109,6 +109,11 @@ def test_a_job_that_gets_no_better_ends_and_the_others_keep_every_bit(whole, tmp
     assert "| stuck | 4 | 6 |" in (tmp_path / "run" / "summary.md").read_text()
     steps = {m["step"] for m in results["stuck"].history}
     assert max(steps) == 6
+    # What is left of it in the plan is padding, and no trained token.
+    tokens = {event.job: event.tokens for event in seen if isinstance(event, events.StepDone)}
+    done = [event.tokens for event in seen if isinstance(event, events.MicrobatchDone)]
+    ended = next(event.tokens for event in seen if isinstance(event, events.RunEnded))
+    assert sum(done) == ended == sum(tokens.values())
 
 
 def test_its_remaining_samples_cost_no_time(whole, tmp_path):
