@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import SMEM as SMEM
 from jax.experimental.pallas.mosaic_gpu import Barrier as Barrier
@@ -28,6 +29,8 @@ from jax.experimental.pallas.mosaic_gpu import copy_smem_to_gmem as copy_smem_to
 from jax.experimental.pallas.mosaic_gpu import layout_cast as layout_cast
 from jax.experimental.pallas.mosaic_gpu import load as load
 from jax.experimental.pallas.mosaic_gpu import planar_snake as planar_snake
+from jax.experimental.pallas.mosaic_gpu import semaphore_signal as _semaphore_signal
+from jax.experimental.pallas.mosaic_gpu import semaphore_wait as _semaphore_wait
 from jax.experimental.pallas.mosaic_gpu import set_max_registers as set_max_registers
 from jax.experimental.pallas.mosaic_gpu import wait_smem_to_gmem as wait_smem_to_gmem
 from jax.experimental.pallas.mosaic_gpu import wgmma as wgmma
@@ -121,6 +124,57 @@ def load_columns(vector_ref, first_column, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(vector, shape, (1,))
 
 
+class Window:
+    """A part of another buffer, as a buffer of a ring: `at[slot]` gives what `part(slot)` gives."""
+
+    def __init__(self, part: Callable):
+        self._part = part
+
+    @property
+    def at(self) -> "Window":
+        """The window itself."""
+        return self
+
+    def __getitem__(self, slot):
+        return self._part(slot)
+
+
+class Flags:
+    """Counters in memory by which blocks tell each other that data is there.
+
+    XLA zeroes them before each launch, so nothing is left of an earlier one. Data may be written by
+    plain stores and read by TMA. The order from one to the other: each thread's stores, its proxy
+    fence, barrier of its warpgroup, release by one thread; acquire by one thread of the reader,
+    barrier of its warpgroup, proxy fence, TMA.
+    """
+
+    def __init__(self, count: int):
+        if not interpreting():  # the interpreter has none
+            self._semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
+
+    def raise_(self, index) -> None:
+        """Counts a flag up by one, after all that this warpgroup stored."""
+        if not interpreting():
+            _fence_proxies()
+            _semaphore_signal(self._semaphores.at[index], memory_scope="gpu")
+
+    def wait(self, index, count: int) -> None:
+        """Waits until a flag was raised so many times."""
+        if not interpreting():
+            _semaphore_wait(self._semaphores.at[index], count, decrement=False, memory_scope="gpu")
+            _fence_proxies()
+
+
+def _fence_proxies() -> None:
+    """Orders this thread's plain accesses to memory and those by TMA."""
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        inline_ptx("fence.proxy.async;", has_side_effects=True)
+
+    fence()  # pyright: ignore[reportCallIssue]
+
+
 class Ring:
     """SMEM slots that the memory warpgroup fills and the compute warpgroups empty, in step order.
 
@@ -146,7 +200,8 @@ class Ring:
             collective_axes=(CLUSTER,), num_arrivals=consumers, num_barriers=stages
         )
 
-    def _slot(self, step):
+    def slot(self, step):
+        """The slot of a step."""
         return lax.rem(step, jnp.int32(self.stages))
 
     def fill(self, step, sources: Sequence, shared: Sequence[bool] | None = None) -> None:
@@ -158,7 +213,7 @@ class Ring:
             shared: which of them are the same for all blocks of the cluster: each block then
                 fetches a part and sends it to all.
         """
-        slot = self._slot(step)
+        slot = self.slot(step)
 
         @pl.when(step >= self.stages)
         def _():
@@ -175,20 +230,20 @@ class Ring:
 
     def take(self, step) -> tuple:
         """Waits for a step's slot and returns its buffers."""
-        slot = self._slot(step)
+        slot = self.slot(step)
         barrier_wait(self.full.at[slot])
         return tuple(buffer.at[slot] for buffer in self.buffers)
 
     def release(self, step) -> None:
         """Gives a step's slot back to the memory warpgroup."""
-        barrier_arrive(self.empty.at[self._slot(step)])
+        barrier_arrive(self.empty.at[self.slot(step)])
 
     def drain(self, steps) -> None:
         """Observes the completions that no later fill waited for; `steps` were filled in all."""
 
         @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
         def _(step):
-            barrier_wait(self.empty.at[self._slot(step)])
+            barrier_wait(self.empty.at[self.slot(step)])
 
 
 def warp_specialize(memory: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:

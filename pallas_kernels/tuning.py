@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 _SMS = 132
 _TILE_ROWS = 128
-_SMEM_BYTES = 230_400  # of 232,448; the rest is barriers and alignment
+_SMEM_BYTES = 231_424  # of 232,448; the rest is barriers and alignment
 _SMEM_TARGET = 220_000  # what the heuristics below stay under
 
 
@@ -49,6 +49,8 @@ class GemmTiles:
         lora_depth: depth of a LoRA step. 64 goes through the ring; 16 or 32 has a slot of its own
             and serves ranks up to that size, others fall back to 64.
         mask_ahead: whether `dx` makes a tile's mask while the products of the tile before run.
+        absorb: whether the launch does another kernel's work, mostly in blocks that have a tile
+            less than others: `base_up` that of `down`, `dx` that of `grad_down`. Up to 64 ranks.
     """
 
     split: Literal["m", "n"] = "n"
@@ -59,6 +61,7 @@ class GemmTiles:
     cluster: int = 1
     lora_depth: int = 64
     mask_ahead: bool = False
+    absorb: bool = False
 
     def __post_init__(self):
         if self.split not in ("m", "n") or self.minor not in ("m", "n"):
@@ -73,11 +76,16 @@ class GemmTiles:
             raise ValueError(f"lora_depth={self.lora_depth} must be 16, 32 or 64")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: one slot cannot be filled while it is read")
+        if self.absorb and self.stages > 2 * self.staged:  # A lies where outputs are staged
+            raise ValueError(
+                f"stages={self.stages} and staged={self.staged}: with absorb, at most twice as "
+                "many stages as staged pieces"
+            )
         if self.smem_bytes > _SMEM_BYTES:
             raise ValueError(
-                f"stages={self.stages}, staged={self.staged}, lora_depth={self.lora_depth} and "
-                f"mask_ahead={self.mask_ahead} take {self.smem_bytes} bytes of shared memory, "
-                f"{_SMEM_BYTES} are there"
+                f"stages={self.stages}, staged={self.staged}, lora_depth={self.lora_depth}, "
+                f"mask_ahead={self.mask_ahead} and absorb={self.absorb} take {self.smem_bytes} "
+                f"bytes of shared memory, {_SMEM_BYTES} are there"
             )
 
     @property
@@ -86,7 +94,8 @@ class GemmTiles:
         narrow = 384 * self.lora_depth * 2 if self.lora_depth < 64 else 0
         rows = 64 if self.split == "m" else 128
         mask = 2 * rows * 16 * 4 if self.mask_ahead else 0
-        return self.stages * 384 * 64 * 2 + self.staged * 2 * 64 * 64 * 2 + narrow + mask
+        keys = self.stages * 512 if self.absorb else 0
+        return self.stages * 384 * 64 * 2 + self.staged * 2 * 64 * 64 * 2 + narrow + mask + keys
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,7 @@ def _gemm_candidates(start: GemmTiles, *, mask: bool) -> list[GemmTiles]:
         replace(roomy, cluster=2, lora_depth=16),
         replace(start, minor="n", width=8) if start.minor == "m" else replace(start, minor="m"),
         replace(start, minor="m", width=16) if start.minor == "n" else replace(start, width=8),
+        replace(start, absorb=True),
     ]
     if mask:
         ahead = replace(start, split="m", stages=3, staged=4, mask_ahead=True)

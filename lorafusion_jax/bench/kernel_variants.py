@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,13 +52,15 @@ def tune(
     """
     entries, shape = [], shape_of(case)
     for op in OPERATIONS:
-        found: list[tuple[float, Sizes]] = []
+        found: list[tuple[float, float, Sizes]] = []
         for sizes in candidates(op, shape):
             with tables.using(**{op: sizes}):
-                us = _microseconds(op, measure(case, _PASS_OF[op]))
-            report(f"  {op:<10} {us:9.2f} us  {sizes}")
-            found.append((us, sizes))
-        us, best = min(found, key=lambda pair: pair[0])
+                times = measure(case, _PASS_OF[op])
+            us, whole = _microseconds(op, times), sum(time for _, time in times)
+            report(f"  {op:<10} {us:9.2f} us of {whole:9.2f}  {sizes}")
+            # A product may do the work of another kernel as well: what counts is the whole pass.
+            found.append((whole if isinstance(sizes, GemmTiles) else us, us, sizes))
+        _, us, best = min(found, key=lambda found: found[0])
         entries.append(tables.entry(op, shape, best, round(us, 2)))
     return entries
 
@@ -87,15 +90,11 @@ def _products(**change) -> dict[str, Sizes]:
     }
 
 
-_ROOMY = {"stages": 3, "staged": 4}
-# What the lab book predicts something of, as changes of both large products.
+# What the lab book predicts something of.
 VARIANTS: dict[str, dict[str, Sizes]] = {
-    "roomy": _products(**_ROOMY),
-    "cluster": _products(cluster=2),
-    "roomy cluster": _products(**_ROOMY, cluster=2),
-    "narrow": _products(**_ROOMY, lora_depth=16),
-    "mask ahead": _products(**_ROOMY, split="m", mask_ahead=True),
-    "all": _products(stages=3, staged=2, split="m", mask_ahead=True, cluster=2, lora_depth=16),
+    "absorbed S": {"base_up": _products(absorb=True)["base_up"]},
+    "absorbed dA": {"dx": _products(absorb=True)["dx"]},
+    "both": _products(absorb=True),
 }
 
 
@@ -103,12 +102,15 @@ def variant_calls(sets: list) -> dict[str, tuple]:
     """Function and argument sets of each variant's forward and backward pass, compiled."""
     calls = {}
     for name, sizes in VARIANTS.items():
-        function, arguments = passes("ours")["fwdbwd"], [(o,) for o in sets]
-        with tables.using(**sizes):
-            jax.block_until_ready(function(*arguments[0]))
-        calls[f"ours: {name}"] = (function, arguments)
-    function = passes("ours")["fwdbwd"]
-    with tables.atomic_gradients():
-        jax.block_until_ready(function(sets[0]))
-    calls["ours: atomic"] = (function, [(o,) for o in sets])
+        calls[f"ours: {name}"] = _compiled(sets, tables.using(**sizes))
+    calls["ours: atomic"] = _compiled(sets, tables.atomic_gradients())
+    with tables.using(**VARIANTS["both"]):
+        calls["ours: both, atomic"] = _compiled(sets, tables.atomic_gradients())
     return calls
+
+
+def _compiled(sets: list, choice: AbstractContextManager) -> tuple[Callable, list[tuple]]:
+    function, arguments = passes("ours")["fwdbwd"], [(o,) for o in sets]
+    with choice:
+        jax.block_until_ready(function(*arguments[0]))
+    return function, arguments

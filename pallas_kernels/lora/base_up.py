@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
+from pallas_kernels.lora.s_pass import Operands, SPass, together_barrier
 from pallas_kernels.segments import Tiles, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
@@ -37,12 +38,42 @@ def base_up(
         rows: routing of the rows.
         sizes: tile sizes.
     """
+    return _launch(x, ws, ss, None, b, biases, rows, sizes)
+
+
+def base_up_with_s(
+    x: Float[Array, "T K"],
+    ws: tuple[Float[Array, "K _"], ...],
+    a: Float[Array, "E RC K"],
+    b: tuple[Float[Array, "E _ _"], ...],
+    biases: tuple[Float[Array, " _"] | None, ...],
+    rows: Tiles,
+    sizes: GemmTiles,
+) -> tuple[tuple[Float[Array, "T _"], ...], tuple[Float[Array, "T _"], ...]]:
+    """Returns the outputs and S, which the same launch makes from A; see `s_pass`.
+
+    Not for vmap, under which blocks of different calls would share flags.
+
+    Args:
+        x: input rows.
+        ws: frozen weights.
+        a: down-projections of all projections side by side in x's dtype, at most 64 ranks.
+        b: up-projections, as for `base_up`.
+        biases: frozen biases or None.
+        rows: routing of the rows.
+        sizes: tile sizes.
+    """
+    outs = _launch(x, ws, None, a, b, biases, rows, sizes)
+    return outs[: len(ws)], tuple(s[: x.shape[0]] for s in outs[len(ws) :])
+
+
+def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Array, ...]:
     (num_rows, k), dtype, group = x.shape, x.dtype, len(ws)
-    widths = [w.shape[1] for w in ws]
+    widths, ranks = [w.shape[1] for w in ws], [stack.shape[1] for stack in b]
     base_steps = gemm.steps_of(k)
-    depth = gemm.lora_depth(sizes, [s.shape[1] for s in ss])
+    depth = gemm.lora_depth(sizes, ranks)
     narrow, together = depth < TILE_K, sizes.cluster > 1
-    lora_steps = [-(-s.shape[1] // depth) for s in ss]
+    lora_steps = [-(-rank // depth) for rank in ranks]
     if together:  # blocks of a cluster take equal steps: a slot of zeros for tiles without adapter
         b = tuple(jnp.pad(stack, ((0, 1), (0, 0), (0, 0))) for stack in b)
     sms = mgpu.num_sms()
@@ -52,15 +83,38 @@ def base_up(
         if bias is not None
     ]
 
-    def body(x_g, table_g, *rest):
-        w_gs, s_gs, b_gs = (rest[i * group : (i + 1) * group] for i in range(3))
-        rest = rest[3 * group :]
+    inputs = (x, rows.table, *ws, *b, *padded_biases)
+    if a is not None:
+        whole_tiles = -(-num_rows // TILE_M) * TILE_M
+        made = tuple(jax.ShapeDtypeStruct((whole_tiles, rank), dtype) for rank in ranks)
+        inputs += (a, rows.row_key, rows.site)
+    else:
+        made = ()
+        inputs += ss
+
+    def body(*refs):
+        (x_g, table_g, *rest), outs = refs[: len(inputs)], refs[len(inputs) :]
+        w_gs, b_gs, rest = rest[:group], rest[group : 2 * group], rest[2 * group :]
         found = iter(rest[: len(padded_biases)])
         bias_gs = [None if bias is None else next(found) for bias in biases]
         rest = rest[len(padded_biases) :]
-        y_gs, (x_s, w_s, full, empty, staged, *own) = rest[:group], rest[group:]
+        y_gs, outs = outs[:group], outs[group:]
+        s_gs, (x_s, w_s, full, empty, staged, *own) = (
+            (outs[:group], outs[group:]) if made else (rest, outs)
+        )
         ring = mgpu.Ring((x_s, w_s), full, empty, sizes.stages)
+        s_pass = None
+        if made:
+            a_g, key_g, site_g = rest
+            operands = Operands(x_g, a_g, table_g, key_g, site_g)
+            tiles = gemm.tile_count(num_rows, widths, sizes)
+            blocks = sms // sizes.cluster
+            s_pass = SPass(operands, s_gs, ring, staged, own.pop(), sizes, tiles, blocks)
         lora_ring = mgpu.Ring(own[:2], own[2], own[3], 1) if narrow else ring
+
+        def beginning():
+            start = gemm.at_start()
+            return start if s_pass is None else start._replace(ring=start.ring + s_pass.steps)
 
         def fetch(tile):
             return load_facts(table_g, tile)
@@ -98,6 +152,8 @@ def base_up(
                 def lora(first):
                     facts = facts_of(place.loaded)
                     slot, count = slot_of(facts), steps(facts, i)
+                    if s_pass is not None:
+                        mgpu.pl.when(count > 0)(partial(s_pass.wait, place.row_tile))
 
                     @mgpu.pl.loop(0, count)
                     def _(index):
@@ -109,15 +165,17 @@ def base_up(
 
                     return count
 
-                if narrow:
+                if narrow and s_pass is None:  # its slot is free long before the product is due
                     count = lora(progress.lora)
                     base()
                 else:
                     base()
-                    count = lora(progress.ring + base_steps)
+                    count = lora(progress.lora if narrow else progress.ring + base_steps)
                 return advance(progress, count)
 
-            walked, progress = 0, gemm.at_start()
+            if s_pass is not None:
+                s_pass.load()
+            walked, progress = 0, beginning()
             for i in range(group):
                 walked, progress = gemm.walk(
                     fetch, (num_rows, widths[i]), sizes, sms, walked, progress,
@@ -161,7 +219,9 @@ def base_up(
                 gemm.store_tile(value.astype(dtype), staged, warpgroup, y_gs[i], row, column)
                 return advance(progress, more)
 
-            walked, progress = 0, gemm.at_start()
+            if s_pass is not None:
+                s_pass.compute(warpgroup)
+            walked, progress = 0, beginning()
             for i in range(group):
                 walked, progress = gemm.walk(
                     fetch, (num_rows, widths[i]), sizes, sms, walked, progress,
@@ -174,7 +234,7 @@ def base_up(
     return tuple(
         mgpu.launch(
             body,
-            out_type=tuple(jax.ShapeDtypeStruct((num_rows, n), dtype) for n in widths),
+            out_type=(*(jax.ShapeDtypeStruct((num_rows, n), dtype) for n in widths), *made),
             grid=(sms // sizes.cluster,),
             grid_names=("sm",),
             cluster=sizes.cluster,
@@ -182,7 +242,8 @@ def base_up(
                 *gemm.ring_scratch(sizes, TILE_K, dtype, transposed=False),
                 gemm.epilogue_scratch(sizes, dtype),
                 *(gemm.ring_scratch(sizes, depth, dtype, transposed=False) if narrow else ()),
+                *((together_barrier(),) if made else ()),
             ),
-            name="lora_base_up",
-        )(x, rows.table, *ws, *ss, *b, *padded_biases)
+            name="lora_base_up_with_s" if made else "lora_base_up",
+        )(*inputs)
     )

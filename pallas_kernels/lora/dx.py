@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
+from pallas_kernels.lora.da_pass import RANKS, DaPass, Operands, scratch
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
 from pallas_kernels.lora.mask import (
     clear_padding,
@@ -42,6 +43,36 @@ def dx(
         rows: routing of the rows.
         sizes: tile sizes.
     """
+    return _launch(dys, ws, ds, a_t, None, rows, sizes)[0]
+
+
+def dx_with_da(
+    dys: tuple[Float[Array, "T _"], ...],
+    ws: tuple[Float[Array, "K _"], ...],
+    ds: Float[Array, "T RC"],
+    a_t: Float[Array, "E K RC"],
+    x: Float[Array, "T K"],
+    rank: int,
+    rows: Tiles,
+    sizes: GemmTiles,
+) -> tuple[Float[Array, "T K"], Float[Array, "E _ K"]]:
+    """Returns the gradient of X, and dA of all projections as `grad_down` does; see `da_pass`.
+
+    Args:
+        dys: gradients of the outputs.
+        ws: frozen weights; K is a multiple of 64.
+        ds: as for `dx`, zero in padding rows.
+        a_t: as for `dx`.
+        x: input rows.
+        rank: leading columns of ds in use, at most 64.
+        rows: routing of the rows.
+        sizes: tile sizes.
+    """
+    dx, da = _launch(dys, ws, ds, a_t, x, rows, sizes)
+    return dx, da[:, :rank]
+
+
+def _launch(dys, ws, ds, a_t, x, rows: Tiles, sizes: GemmTiles) -> tuple[Array, ...]:
     num_rows, k, dtype, group = dys[0].shape[0], ws[0].shape[0], dys[0].dtype, len(ws)
     depths = [gemm.steps_of(w.shape[1]) for w in ws]
     base_steps = sum(depths)
@@ -49,11 +80,24 @@ def dx(
     narrow, together = depth < TILE_K, sizes.cluster > 1
     lora_steps = -(-ds.shape[1] // depth)
     sms = mgpu.num_sms()
+    absorbed = () if x is None else (x, rows.walk, rows.start)
+    slots = a_t.shape[0]
 
     def body(ds_g, a_g, table_g, key_g, site_g, *rest):
-        dy_gs, w_gs = rest[:group], rest[group : 2 * group]
-        dx_g, x_s, w_s, full, empty, staged, *own = rest[2 * group :]
+        dy_gs, w_gs, rest = rest[:group], rest[group : 2 * group], rest[2 * group :]
+        (*absorbed_gs,), (dx_g, *rest) = rest[: len(absorbed)], rest[len(absorbed) :]
+        da_gs, rest = rest[: 1 if absorbed else 0], rest[1 if absorbed else 0 :]
+        x_s, w_s, full, empty, staged, *own = rest
         ring = mgpu.Ring((x_s, w_s), full, empty, sizes.stages)
+        da_pass = None
+        if absorbed:
+            x_g, walk_g, start_g = absorbed_gs
+            operands = Operands(x_g, ds_g, walk_g, start_g, key_g, site_g)
+            contracted, tiles = base_steps * TILE_K, gemm.tile_count(num_rows, [k], sizes)
+            da_pass = DaPass(
+                operands, da_gs[0], ring, own[-3:], sizes, contracted, tiles, sms // sizes.cluster
+            )
+            own = own[:-3]
         bits_s = own.pop() if sizes.mask_ahead else None
         lora_ring = mgpu.Ring(own[:2], own[2], own[3], 1) if narrow else ring
 
@@ -106,6 +150,8 @@ def dx(
             ring.drain(progress.ring)
             if narrow:
                 lora_ring.drain(progress.lora)
+            if da_pass is not None:
+                da_pass.load()
 
         def compute(warpgroup):
             shape, row0, column0 = gemm.share(warpgroup, sizes)
@@ -176,14 +222,19 @@ def dx(
                         work()
 
             gemm.walk(fetch, (num_rows, k), sizes, sms, 0, gemm.at_start(), visit, prepare=prepare)
+            if da_pass is not None:
+                da_pass.compute(warpgroup)
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)
 
     mask_rows = gemm.share(0, sizes)[0][0]
-    return mgpu.launch(
+    out_type = [jax.ShapeDtypeStruct((num_rows, k), dtype)]
+    if absorbed:
+        out_type.append(jax.ShapeDtypeStruct((slots, RANKS, k), jnp.float32))
+    outs = mgpu.launch(
         body,
-        out_type=jax.ShapeDtypeStruct((num_rows, k), dtype),
+        out_type=tuple(out_type),
         grid=(sms // sizes.cluster,),
         grid_names=("sm",),
         cluster=sizes.cluster,
@@ -192,6 +243,8 @@ def dx(
             gemm.epilogue_scratch(sizes, dtype),
             *(gemm.ring_scratch(sizes, depth, dtype, transposed=True) if narrow else ()),
             *((mgpu.SMEM((2, mask_rows, 16), jnp.uint32),) if sizes.mask_ahead else ()),
+            *(scratch(sizes) if absorbed else ()),
         ),
-        name="lora_dx",
-    )(ds, a_t, rows.table, rows.row_key, rows.site, *dys, *ws)
+        name="lora_dx_with_da" if absorbed else "lora_dx",
+    )(ds, a_t, rows.table, rows.row_key, rows.site, *dys, *ws, *absorbed)
+    return tuple(outs)

@@ -103,6 +103,52 @@ def walk(
     return before + total, lax.fori_loop(0, mine, one, (progress, first))[0]
 
 
+class Jobs(NamedTuple):
+    """Passes over rows or columns of X that a block makes beside its tiles.
+
+    Attributes:
+        number: how many.
+        job: gives the job of a turn, from 0 to number - 1.
+    """
+
+    number: jax.Array
+    job: Callable[[jax.Array], jax.Array]
+
+
+# Time of a pass over 128 x K elements of X with its mask, in tiles that contract over K.
+_PASS = 0.5
+
+
+def share_jobs(jobs: int, length: int, contracted: int, tiles: int, blocks: int) -> Jobs:
+    """Returns this block's jobs. Those that have a tile less than others take them first.
+
+    Args:
+        jobs: how many there are; the first ones are done first.
+        length: of a job, which goes over 128 x length elements.
+        contracted: contraction size of a tile.
+        tiles: of all outputs.
+        blocks: that walk over them; in a cluster they have a job each, next to each other.
+    """
+    light = blocks - tiles % blocks  # they are the last ones, or all
+    early = min(jobs, light * max(1, int(contracted / (_PASS * length))))
+    block = lax.axis_index("sm")
+    spare = block - (blocks - light)
+    own = lax.div(early - spare + (light - 1), jnp.int32(light))
+    own = jnp.where(spare >= 0, own, jnp.int32(0))
+    more = lax.div(jnp.maximum(jobs - early - block + (blocks - 1), 0), jnp.int32(blocks))
+
+    def job(turn):
+        return jnp.where(turn < own, spare + turn * light, early + block + (turn - own) * blocks)
+
+    return Jobs(own + more, job)
+
+
+def tile_count(rows: int, widths: Sequence[int], sizes: GemmTiles) -> int:
+    """Tiles of all outputs; those of a cluster, one below the other, count once."""
+    row_tiles = -(-rows // (TILE_M * sizes.cluster))
+    return row_tiles * sum(-(-width // TILE_N) for width in widths)
+
+
 def share(warpgroup, sizes: GemmTiles) -> tuple:
     """Shape and offsets of a warpgroup's part of the block's tile."""
     if sizes.split == "m":
@@ -204,7 +250,7 @@ def epilogue_scratch(sizes: GemmTiles, dtype):
 
 def store_tile(value, staged, warpgroup, out_g, first_row, first_column) -> None:
     """Writes a warpgroup's outputs through SMEM; what lies outside the array is clipped."""
-    slots = staged.shape[1]
+    slots, width = staged.shape[1], out_g.shape[1]
     pieces = [
         (row, column)
         for row in range(0, value.shape[0], _PIECE)
@@ -216,9 +262,12 @@ def store_tile(value, staged, warpgroup, out_g, first_row, first_column) -> None
         mgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
         slot[...] = value[row : row + _PIECE, column : column + _PIECE]
         mgpu.commit_smem()
-        mgpu.copy_smem_to_gmem(
-            slot,
-            out_g.at[
-                mgpu.pl.ds(first_row + row, _PIECE), mgpu.pl.ds(first_column + column, _PIECE)
-            ],
-        )
+        rows_, columns = (first_row + row, _PIECE), (first_column + column, _PIECE)
+
+        def copy(slot=slot, rows_=rows_, columns=columns):
+            mgpu.copy_smem_to_gmem(slot, out_g.at[mgpu.pl.ds(*rows_), mgpu.pl.ds(*columns)])
+
+        if width > _PIECE:
+            copy()
+        else:  # Mosaic drops the index of a dimension of one piece: all would go to column 0
+            mgpu.pl.when(first_column + column < width)(copy)

@@ -7,15 +7,18 @@ Raises NotImplementedError, with the reason, for what these kernels cannot run.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
-from pallas_kernels.lora.base_up import base_up
+from pallas_kernels.lora import da_pass, s_pass
+from pallas_kernels.lora.base_up import base_up, base_up_with_s
 from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
+from pallas_kernels.lora.dx import dx_with_da
 from pallas_kernels.lora.gemm import lora_depth
 from pallas_kernels.lora.grad_down import grad_down
 from pallas_kernels.lora.grad_up import grad_up
@@ -32,7 +35,7 @@ from pallas_kernels.tables import choose
 from pallas_kernels.tuning import Shape
 
 MAX_RANK = 256  # of one projection: one accumulator of `down`
-MAX_RANKS = 256  # side by side in one launch; groups with more are taken apart
+MAX_RANKS = 1024  # side by side in one launch; groups with more are taken apart
 _GRANULE, _TILE = 8, 64  # rows and columns of the tiles in SMEM, which TMA copies whole
 
 
@@ -113,12 +116,39 @@ def _forward(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Tiles):
     rank = a[0].shape[1]
     a, b = _operands(a, x.dtype), _operands(b, x.dtype)
     shape = _shape(x, ws, a)
-    ss = ()
-    for part in _parts(len(ws), rank, MAX_RANK):
-        some, ranks = a[part], (shape.rank,) * len(a[part])
-        ss += down(x, _side_by_side(some), rows, ranks, choose("down", _shape(x, ws[part], some)))
-    ys = base_up(x, ws, ss, b, biases, rows, choose("base_up", shape))
+    sizes = choose("base_up", shape)
+
+    def separate(x, ws, a, b, biases, rows):
+        ss = ()
+        for part in _parts(len(ws), rank, MAX_RANK):
+            some, ranks = a[part], (shape.rank,) * len(a[part])
+            sizes_of_down = choose("down", _shape(x, ws[part], some))
+            ss += down(x, _side_by_side(some), rows, ranks, sizes_of_down)
+        return base_up(x, ws, ss, b, biases, rows, sizes), ss
+
+    if sizes.absorb and _can_absorb(shape):
+
+        def together(x, ws, a, b, biases, rows):
+            return base_up_with_s(x, ws, _side_by_side(a), b, biases, rows, sizes)
+
+        run = _without_vmap(together, separate)
+    else:
+        run = separate
+    ys, ss = run(x, ws, a, b, biases, rows)
     return ys, tuple(s[:, :rank] for s in ss)
+
+
+def _without_vmap(once: Callable, batched: Callable) -> Callable:
+    """Returns `once`, which becomes `batched` under vmap; both take arrays and give the same."""
+    run = jax.custom_batching.custom_vmap(once)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, *args):
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
+        out = jax.vmap(batched, in_axes=axes, axis_size=axis_size)(*args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run
 
 
 def backward(
@@ -161,11 +191,19 @@ def _backward(x: Array, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Til
     unused = -shape.ranks % lora_depth(sizes, [shape.ranks])
     zeros = jnp.zeros((x.shape[0], unused), x.dtype)
     ds = jnp.concatenate([*(part.sum(0).astype(x.dtype) for part in parts), zeros], axis=1)
-    da = grad_down(x, ds, shape.ranks, rows, choose("grad_down", shape))
     transposed = jnp.pad(_side_by_side(a).transpose(0, 2, 1), ((0, 0), (0, 0), (0, unused)))
-    dx = input_gradient(dys, ws, ds, transposed, rows, sizes)
+    if sizes.absorb and _can_absorb(shape):
+        dx, da = dx_with_da(dys, ws, ds, transposed, x, shape.ranks, rows, sizes)
+    else:
+        da = grad_down(x, ds, shape.ranks, rows, choose("grad_down", shape))
+        dx = input_gradient(dys, ws, ds, transposed, rows, sizes)
     firsts = range(0, shape.ranks, shape.rank)
     return dx, [da[:, i : i + rank] for i in firsts], [db[:, :rank] for db in dbs]
+
+
+def _can_absorb(shape: Shape) -> bool:
+    """Whether products can do the skinny passes; K of one TMA tile would lose its column index."""
+    return shape.ranks <= min(s_pass.MAX_RANKS, da_pass.RANKS) and shape.k > _TILE
 
 
 def _shape(x: Array, ws: Weights, a: Stacks) -> Shape:

@@ -92,7 +92,7 @@ def test_variants_are_timed_side_by_side(monkeypatch):
     monkeypatch.setitem(linears.IMPLEMENTATIONS, "ours", ours)
     monkeypatch.setattr(timing, "sustained", instead_of_time)
     rows = kernels._compare_variants(Case(128, 16, (16,), 8, 0.1), rounds=1)
-    names = [f"ours: {name}" for name in (*kernel_variants.VARIANTS, "atomic")]
+    names = [f"ours: {name}" for name in (*kernel_variants.VARIANTS, "atomic", "both, atomic")]
     assert [row["impl"] for row in rows] == ["frozen", "ours", *names]
 
 
