@@ -10,10 +10,12 @@ With `--check` nothing is written, and a README that is out of date gives exit c
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lorafusion_jax.bench.results import RESULTS, Row
+from lorafusion_jax.bench.training_report import draw, with_ratios
 
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -35,6 +37,8 @@ class Table(NamedTuple):
         pivot: key whose values become further columns, such as `impl`.
         value: what stands in those columns.
         where: only rows with these values are printed.
+        derive: adds to the rows what is computed from several of them.
+        having: a further table of the rows that have this key, of the columns that any of them has.
     """
 
     title: str
@@ -42,6 +46,8 @@ class Table(NamedTuple):
     pivot: str | None = None
     value: Column | None = None
     where: Row = {}  # noqa: RUF012  (never changed)
+    derive: Callable[[Sequence[Row]], list[Row]] | None = None
+    having: tuple[str, tuple[Column, ...]] | None = None
 
 
 TABLES = {
@@ -100,11 +106,30 @@ TABLES = {
         "Training",
         (
             Column("lengths", "lengths"),
+            Column("layers", "layers"),
             Column("system", "system"),
             Column("tokens_per_s", "tokens/s", ",.0f"),
+            Column("over_a", "over (a)", ".2f"),
+            Column("over_d", "over (d)", ".2f"),
             Column("mfu", "MFU", ".1%"),
             Column("padding", "padding", ".1%"),
             Column("peak_gib", "peak GiB", ".1f"),
+        ),
+        derive=with_ratios,
+        having=(
+            "overhead",
+            (
+                Column("lengths", "lengths"),
+                Column("layers", "layers"),
+                Column("loop_ms", "ms a microbatch", ".1f"),
+                Column("padding_ms", "padding", ".2f"),
+                Column("plan_ms", "planning", ".2f"),
+                Column("optimizer_ms", "optimizer", ".2f"),
+                Column("host_ms", "host", ".2f"),
+                Column("overhead", "together", ".1%"),
+                Column("compile_cold_seconds", "s to compile", ".1f"),
+                Column("compile_cached_seconds", "from the cache", ".1f"),
+            ),
         ),
     ),
     "schedule": Table(
@@ -153,6 +178,12 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _plain(columns: tuple[Column, ...], rows: list[Row]) -> str:
+    """A table with a line for each row."""
+    cells = [[_cell(row.get(c.key), c.format) for c in columns] for row in rows]
+    return markdown_table([column.heading for column in columns], cells)
+
+
 def render(table: Table, rows: list[Row]) -> str:
     """Returns the rows of one results file as a GitHub table.
 
@@ -161,8 +192,14 @@ def render(table: Table, rows: list[Row]) -> str:
     rows = [row for row in rows if all(row.get(k) == v for k, v in table.where.items())]
     headings = [column.heading for column in table.columns]
     if table.pivot is None or table.value is None:
-        cells = [[_cell(row.get(c.key), c.format) for c in table.columns] for row in rows]
-        return markdown_table(headings, cells)
+        rows = rows if table.derive is None else table.derive(rows)
+        parts = [_plain(table.columns, rows)]
+        if table.having is not None:
+            key, columns = table.having
+            some = [row for row in rows if row.get(key) is not None]
+            there = [c for c in columns if any(row.get(c.key) is not None for row in some)]
+            parts += [_plain(tuple(there), some)] if some else []
+        return "\n\n".join(parts)
     names = list(dict.fromkeys(str(row[table.pivot]) for row in rows))
     groups: dict[tuple, dict[str, list[float]]] = {}
     for row in rows:
@@ -220,6 +257,9 @@ def pages() -> list[Path]:
 def main(arguments: list[str]) -> int:
     """Updates or checks the files; returns the exit code."""
     check = "--check" in arguments
+    if not check:  # measured on a machine that may have had no library for figures
+        for path in sorted(RESULTS.glob("*/training.json")):
+            draw(json.loads(path.read_text())["rows"], path.parent)
     named = [Path(a) for a in arguments if a != "--check"]
     stale = False
     for path in named or pages():

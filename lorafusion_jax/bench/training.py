@@ -10,10 +10,12 @@ e  ours: planned microbatches, grouped fused kernels
 
 b, d and e run the first microbatches of their plans. a and c have other shapes in every batch:
 their step is timed at several lengths, and every batch counts what lies between them. Weights are
-random; tokens are real ones only: padding earns nothing.
+random; tokens are real ones only: padding earns nothing. b, d and e run in the training loop's own
+order, with packing, transfers and reports; of e the parts that are no work are told apart.
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorafusion_jax.bench.compile_time import COMPILE_ONLY, compile_times
 from lorafusion_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +84,10 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tile", type=int, default=128)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--profile", action="store_true", help="time by class of kernel")
+    parser.add_argument(
+        "--compile-times", action="store_true", help="of e, cold and cached, each in its process"
+    )
+    parser.add_argument(COMPILE_ONLY, action="store_true", help="compile e, print the seconds")
     parser.add_argument("--baselines", type=Path, default=None, help="JSON rows of other programs")
     parser.add_argument("--output", type=Path, default=None, help="folder of training.json")
     return parser.parse_args(arguments)
@@ -164,18 +171,33 @@ class Program:
         self.remat = " ".join(dict.fromkeys([*self.remat.split(), remat]))
         return remat, chunk
 
+    def step(self, batch):
+        """Dispatches a microbatch; returns its loss."""
+        compiled = self._compiled[batch.tokens.shape[0]]
+        self._state, loss = compiled(self._state, self._frozen, batch)
+        return loss
+
+    def update(self, batch_end):
+        """Dispatches the update of the slots whose global batch ends; returns its report."""
+        self._state, report = self._update(self._state, self._hyper, batch_end)
+        return report
+
+    def wait(self) -> None:
+        """Waits for all that was dispatched."""
+        import jax
+
+        jax.block_until_ready(self._state)
+
     def run(self, batches: Sequence) -> float:
         """Runs microbatches, and updates where global batches end; returns seconds."""
-        import jax
         import numpy as np
 
         start = time.perf_counter()
         for batch in batches:
-            step = self._compiled[batch.tokens.shape[0]]
-            self._state, _ = step(self._state, self._frozen, batch)
+            self.step(batch)
             if np.any(batch.batch_end):
-                self._state, _ = self._update(self._state, self._hyper, batch.batch_end)
-        jax.block_until_ready(self._state)
+                self.update(batch.batch_end)
+        self.wait()
         return time.perf_counter() - start
 
 
@@ -225,34 +247,68 @@ def _plan(setup: Setup, system: str):
     return found, time.perf_counter() - start
 
 
-def _packed(setup: Setup, system: str, microbatches: int) -> dict:
-    """Measures b, d or e over the first microbatches of its plan."""
+class Packed(NamedTuple):
+    """A packed system, compiled.
+
+    Attributes:
+        program: its step.
+        plan: all its microbatches.
+        plan_seconds: that planning took.
+        make: packs the microbatch of an index.
+    """
+
+    program: Program
+    plan: list
+    plan_seconds: float
+    make: Callable
+
+
+def compile_packed(setup: Setup, system: str) -> Packed:
+    """Plans b, d or e and compiles its step."""
     from lorafusion_jax.train.batch import JobRows, pack, segment_bucket
-    from lorafusion_jax.train.schedule import padding_share
 
     plan, plan_seconds = _plan(setup, system)
-    whole, count = plan, min(microbatches, len(plan))
-    segments = segment_bucket(whole)
+    segments = segment_bucket(plan)
     program = Program(setup, system)
     rows = {
         job.name: JobRows(0 if program.slots == 1 else slot, slot + 1,
                           _RandomTokens(job, setup.config.vocab_size))
         for slot, job in enumerate(setup.jobs)
     }  # fmt: skip
+
+    def make(index: int):
+        size = {"tile": setup.tile, "num_slots": program.slots, "max_segments": segments}
+        return pack(plan[index], rows, **size)[0]
+
+    program.compile(make(0))
+    return Packed(program, plan, plan_seconds, make)
+
+
+def _packed(setup: Setup, system: str, microbatches: int) -> dict:
+    """Measures b, d or e over the first microbatches of its plan."""
+    from lorafusion_jax.bench.overhead import measure_overhead, run_loop
+    from lorafusion_jax.train.schedule import padding_share
+
+    program, plan, plan_seconds, make = compile_packed(setup, system)
+    count = min(microbatches, len(plan))
     start = time.perf_counter()
-    batches = [
-        pack(m, rows, tile=setup.tile, num_slots=program.slots, max_segments=segments)[0]
-        for m in plan[:count]
-    ]
+    batches = [make(index) for index in range(count)]
     pack_seconds = (time.perf_counter() - start) / count
-    program.compile(batches[0])
     program.run(batches[:2])
-    seconds = program.run(batches)
+    more: dict = {}
+    if system == "e":
+        found = measure_overhead(
+            program, make, count,
+            padding=padding_share(plan[:count]), plan_seconds=plan_seconds / len(plan),
+        )  # fmt: skip
+        seconds, more = count * found.loop_ms / 1e3, found.columns()
+    else:
+        seconds = run_loop(program, make, count)
     lengths = [s.length for m in plan[:count] for stretch in m.stretches for s in stretch.samples]
     return {
         "program": program, "batches": batches, "seconds": seconds, "lengths": lengths,
-        "padding": padding_share(whole), "microbatches": count, "plan_seconds": plan_seconds,
-        "pack_ms": 1e3 * pack_seconds,
+        "padding": padding_share(plan), "microbatches": count, "plan_seconds": plan_seconds,
+        "pack_ms": 1e3 * pack_seconds, "more": more,
     }  # fmt: skip
 
 
@@ -291,7 +347,7 @@ def _padded(setup: Setup, system: str, repeat: int) -> dict:
     return {
         "program": program, "batches": batches, "seconds": seconds, "lengths": lengths,
         "padding": 1 - sum(lengths) / rows, "microbatches": len(groups), "plan_seconds": 0.0,
-        "pack_ms": 0.0,
+        "pack_ms": 0.0, "more": {},
     }  # fmt: skip
 
 
@@ -326,7 +382,7 @@ def measure(setup: Setup, system: str, lengths: str, options: argparse.Namespace
         "padding": found["padding"], "peak_gib": program.bytes / 2**30,
         "planned_gib": program.planned_bytes / 2**30, "microbatches": found["microbatches"],
         "seconds": seconds, "compile_seconds": program.compile_seconds,
-        "plan_seconds": found["plan_seconds"], "pack_ms": found["pack_ms"],
+        "plan_seconds": found["plan_seconds"], "pack_ms": found["pack_ms"], **found["more"],
     }  # fmt: skip
     if options.profile:
         batches = found["batches"][-2:]
@@ -334,13 +390,25 @@ def measure(setup: Setup, system: str, lengths: str, options: argparse.Namespace
     return row
 
 
-def _kept_rows(path: Path, lengths: str) -> list[dict]:
-    """Rows of other length mixes that an earlier process wrote."""
-    import json
+def _kept_rows(path: Path, setup: Setup, options: argparse.Namespace, others: list[dict]) -> list:
+    """Rows of other mixes and sizes that an earlier process wrote.
 
+    Those of the same mix and size go, whatever their system: ratios are of one process.
+    """
     if not path.exists():
         return []
-    return [row for row in json.loads(path.read_text())["rows"] if row["lengths"] != lengths]
+
+    def size(row: dict) -> tuple:
+        return tuple(row.get(key) for key in ("lengths", "model", "layers", "deterministic"))
+
+    layers = setup.config.num_hidden_layers
+    now = (options.lengths, options.model, layers, setup.deterministic)
+    known = {(row["system"], row["lengths"], row.get("layers")) for row in others}
+    return [
+        row
+        for row in json.loads(path.read_text())["rows"]
+        if size(row) != now and (row["system"], row["lengths"], row.get("layers")) not in known
+    ]
 
 
 def main(arguments: list[str]) -> int:
@@ -352,6 +420,7 @@ def main(arguments: list[str]) -> int:
             f"--systems {options.systems}: unknown {', '.join(unknown)}; known: abcde"
         )
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    from lorafusion_jax.bench import training_report
     from lorafusion_jax.bench.results import RESULTS, device_name, read_baselines, write_results
     from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
     from lorafusion_jax.bench.shapes import model_shape
@@ -360,21 +429,33 @@ def main(arguments: list[str]) -> int:
     if options.lengths not in LENGTHS:
         raise ConfigError(f"--lengths {options.lengths}: expected one of {', '.join(LENGTHS)}")
     config = model_shape(options.model, options.layers)
+    compiled = {}
+    if options.compile_times and not options.compile_only:
+        compiled = compile_times(arguments)
     setup = Setup(
         config, random_base(config, dtype=options.dtype),
         jobs_of(options.lengths, GBS, 0, jobs=JOBS, batches=options.batches),
         options.capacity, options.tile, options.r, options.p, options.remat, options.deterministic,
     )  # fmt: skip
+    if options.compile_only:
+        program = compile_packed(setup, "e").program
+        print(json.dumps({"compile_seconds": program.compile_seconds}))
+        return 0
     folder = options.output or RESULTS / device_name()
-    rows = _kept_rows(folder / "training.json", options.lengths)
+    others = []
     if options.baselines:
         others = read_baselines(options.baselines, ("system", "lengths", "tokens_per_s"))
-        rows += [row for row in others if row["lengths"] == options.lengths]
+        mine = [row for row in others if row["lengths"] == options.lengths]
+        others = [{"model": options.model, **row} for row in mine]
+    rows = _kept_rows(folder / "training.json", setup, options, others) + others
     for system in options.systems:
         rows.append(measure(setup, system, options.lengths, options))
+        if system == "e":
+            rows[-1] |= compiled
         _print(rows[-1])
         # After every system: a benchmark cut short leaves what it has.
         write_results("training", rows, device=folder.name, root=folder.parent)
+    training_report.draw(rows, folder)
     return 0
 
 
@@ -385,3 +466,11 @@ def _print(row: dict) -> None:
         f"(planned {row['planned_gib']:.2f}), compiled in {row['compile_seconds']:.0f} s",
         flush=True,
     )
+    if "overhead" in row:
+        parts = ("padding", "plan", "optimizer", "host")
+        print(
+            "         overhead "
+            + " + ".join(f"{part} {row[f'{part}_ms']:.2f}" for part in parts)
+            + f" ms of {row['loop_ms']:.2f} a microbatch: {row['overhead']:.1%}",
+            flush=True,
+        )

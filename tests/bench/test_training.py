@@ -138,24 +138,34 @@ def test_a_run_writes_rows_and_keeps_those_of_other_mixes(tmp_path, monkeypatch)
         schedule, "MOMENTS", {"xsum": (60, 20), "cnn": (60, 20), "wikisum": (60, 20)}
     )
     baselines = tmp_path / "peft.json"
-    peft = {"system": "peft_compile", "lengths": "xsum", "tokens_per_s": 3.0}
+    peft = {"model": "tiny", "system": "peft_compile", "lengths": "xsum", "layers": 1}
+    peft["tokens_per_s"] = 3.0
     baselines.write_text(json.dumps([peft, peft | {"lengths": "cnn"}]))
     folder = tmp_path / "cpu"
     folder.mkdir()
-    other = {"system": "e_ours", "lengths": "mix", "tokens_per_s": 1.0}
-    stale = {"system": "e_ours", "lengths": "xsum", "tokens_per_s": 1.0}
-    (folder / "training.json").write_text(json.dumps({"rows": [other, stale]}))
+    stale = {"system": "d_lorafusion", "lengths": "xsum", "model": "tiny", "layers": 1}
+    stale |= {"deterministic": False, "tokens_per_s": 1.0}
+    others = [stale | {"lengths": "mix"}, stale | {"layers": 2}, stale | {"deterministic": True}]
+    old = [*others, stale, peft | {"tokens_per_s": 2.0}]
+    (folder / "training.json").write_text(json.dumps({"rows": old}))
     arguments = (
         "--lengths xsum --systems e --model tiny --layers 1 --capacity 256 --microbatches 2"
         f" --batches 1 --dtype float32 --tile 16 --output {folder} --baselines {baselines}"
     )
     assert training.main(arguments.split()) == 0
     rows = json.loads((folder / "training.json").read_text())["rows"]
-    assert rows[:2] == [other, peft] and len(rows) == 3
-    ours = rows[2]
+    # Ratios are of one process: what another measured of the same case goes.
+    assert rows[:4] == [*others, peft] and len(rows) == 5
+    ours = rows[4]
+    assert (folder / "training_tokens.png").stat().st_size > 5000
     assert ours["system"] == "e_ours" and ours["layers"] == 1 and ours["remat"] == "none"
     assert 0 < ours["tokens_per_s"] and 0 <= ours["padding"] < 1 and ours["compile_seconds"] > 0
     assert 0.7 < ours["planned_gib"] / ours["peak_gib"] < 1.4
+    parts = [ours[f"{part}_ms"] for part in ("padding", "optimizer", "host", "plan")]
+    assert all(part >= 0 for part in parts) and ours["optimizer_ms"] > 0 < ours["plan_ms"]
+    whole = ours["loop_ms"] + ours["plan_ms"]
+    assert ours["overhead"] == pytest.approx(sum(parts) / whole)
+    assert ours["seconds"] == pytest.approx(ours["loop_ms"] * ours["microbatches"] / 1e3)
 
 
 @pytest.mark.slow
