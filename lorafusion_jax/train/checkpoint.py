@@ -250,7 +250,7 @@ class Checkpoints:
 
     def _load(self, path: Path, step: int) -> Restored:
         try:
-            record = checked_record(ocp.checkpointables_metadata(str(path)).custom_metadata)
+            record = checked_record(_read_record(path))
             abstract = {
                 name: np.empty(shape, dtype) for name, (_, dtype, shape) in record["leaves"].items()
             }
@@ -305,6 +305,7 @@ class Checkpoints:
 
 
 _PARTIAL, _REMOVED = ".partial", ".removed"
+_METADATA = "_CHECKPOINT_METADATA"  # where orbax puts `custom_metadata`
 # EFBIG is what a quota of the process looks like.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
@@ -312,6 +313,15 @@ _FULL_WORDS = ("No space left", "Disk quota exceeded", "File too large")
 
 def _is_step(path: Path) -> bool:
     return path.name.isdecimal() and path.name.isascii() and path.is_dir()
+
+
+def _read_record(path: Path) -> Any:
+    """Returns what was saved beside the arrays of a step.
+
+    Not by orbax, which then also asks tensorstore for the specification of every array; and each of
+    those answers stays in memory for good (tensorstore 0.1.84: `Spec.to_json`).
+    """
+    return json.loads((path / _METADATA).read_bytes())["custom_metadata"]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,73 +1,52 @@
-"""What only a GPU can show: replay with our kernels, and a device that is full.
+"""What only a GPU can show: replay with our kernels, also beside other work, and a full device.
 
 Run by `make scoreboard-gpu`, which writes docs/results/<device>/reliability.json.
 """
 
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lorafusion_jax as lf
-from lorafusion_jax.config import (
-    BatchingConfig,
-    EvalConfig,
-    RunTrainConfig,
-    SaveConfig,
-    TrainConfig,
-)
 from lorafusion_jax.errors import ResourceError
-from lorafusion_jax.models.config import ModelConfig
-from lorafusion_jax.models.hf_weights import random_base
+from lorafusion_jax.lora import linear
+from lorafusion_jax.train import events
 from lorafusion_jax.train.signals import StoppedError
+from pallas_kernels import tables
+from pallas_kernels.lora import mosaic_gpu
+from tests.kernels.oracle import make_problem, run
+from tests.reliability.gpu_run import trainer, wide_base
 from tests.train.test_trainer import final_state, metrics, stop_after
-from tests.train.tiny import dataset
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
 ]
-WIDE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}
+
+
+def child(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Starts a module of the tests in a process of its own."""
+    paths = [str(ROOT), str(ROOT / "sched"), *filter(None, sys.path)]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.fixture(scope="module")
 def base():
-    return random_base(ModelConfig.from_hf(WIDE), 0)
-
-
-def trainer(base, output, *, listener=None, tokens=1024, deterministic=True):
-    """Four jobs with dropout, 20 steps each, in tiles that the kernels take."""
-    made = lf.MultiTrainer(
-        base,
-        output=output,
-        batching=BatchingConfig(tokens_per_microbatch=tokens, tile=128),
-        train=RunTrainConfig(deterministic=deterministic),
-        listener=listener,
-    )
-    for number, (name, r) in enumerate({"a": 16, "b": 8, "c": 64, "d": 4}.items()):
-        made.add_job(
-            name,
-            dataset(number, 48, 30, 120),
-            lora=lf.LoraConfig(r=r, dropout=0.1),
-            optim=lf.AdamW(lr=1e-3),
-            train=TrainConfig(max_steps=20, global_batch_size=6),
-            eval=EvalConfig(split=6, every=10),
-            save=SaveConfig(every=5),
-        )
-    return made
+    return wide_base()
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +57,20 @@ def whole(base, tmp_path_factory):
 
 
 @pytest.mark.scenario("B5")
-def test_two_runs_have_the_same_bits(base, whole, tmp_path):
-    trainer(base, tmp_path / "run").fit()
+def test_training_takes_our_kernels(base, tmp_path, monkeypatch):
+    """Otherwise the tests below would only show that XLA repeats itself."""
+    monkeypatch.setattr(
+        linear, "fused_multi_lora", partial(linear.fused_multi_lora, implementation="mosaic_gpu")
+    )
+    trainer(base, tmp_path / "run", steps=2).fit()
+
+
+@pytest.mark.scenario("B5")
+def test_two_processes_have_the_same_bits(whole, tmp_path):
+    """Each compiles for itself, and XLA chooses its algorithms anew."""
+    other = child("tests.reliability.gpu_run", tmp_path / "run")
+    said, _ = other.communicate(timeout=300)
+    assert other.returncode == 0, said[-3000:]
     assert final_state(tmp_path / "run") == final_state(whole)
     assert metrics(tmp_path / "run") == metrics(whole)
 
@@ -96,25 +87,114 @@ def test_three_resumes_have_the_same_bits(base, whole, tmp_path, stop):
 @pytest.mark.scenario("B5")
 def test_another_seed_would_be_seen(base, whole, tmp_path):
     """The twin."""
-    made = trainer(base, tmp_path / "run")
-    made._seed = 1
-    made.fit()
+    trainer(base, tmp_path / "run", seed=1).fit()
     assert final_state(tmp_path / "run") != final_state(whole)
 
 
+REPETITIONS = 200
+
+
+def different_bits(step, repetitions: int) -> int:
+    """Counts the elements that differ from the first result, over all repetitions."""
+    differ = jax.jit(
+        lambda one, other: sum(
+            jnp.sum(a != b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+        )
+    )
+    first = step()
+    assert all(jnp.isfinite(v).all() for v in jax.tree.leaves(first))
+    return sum(int(count) for count in [differ(first, step()) for _ in range(repetitions)])
+
+
+def large_problem():
+    tiles = tuple(np.random.default_rng(0).integers(-1, 4, 32))
+    return make_problem(
+        dtype=jnp.bfloat16, tiles=tiles, tile_rows=128, k=2048, ns=(2048, 512), rank=16,
+        rates=(0.1, 0.0, 0.2, 0.1), scales=(1.0,) * 4, padding=(7, 300),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def other_work():
+    """Another process with which the device's time is shared."""
+    process = child("tests.reliability.gpu_load")
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line == "busy\n":
+            break
+    assert said and said[-1] == "busy\n", said
+    yield process
+    assert process.poll() is None, "it was to last"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.scenario("B6")
+def test_kernels_repeat_their_bits_beside_other_work(other_work):
+    p = large_problem()
+    step = jax.jit(partial(run, mosaic_gpu))
+    assert different_bits(lambda: step(p), REPETITIONS) == 0
+
+
+@pytest.mark.scenario("B6")
+def test_sums_in_the_order_of_arrival_would_be_seen(other_work):
+    """The twin: atomic additions do not repeat their bits."""
+    p = large_problem()
+    with tables.atomic_gradients():
+        step = jax.jit(lambda p: run(mosaic_gpu, p))
+        assert different_bits(lambda: step(p), REPETITIONS) > 0
+
+
+def fill_device(blocks: list[jax.Array]) -> None:
+    """Allocates until less than 2 MiB in one piece are left; adds what it took to `blocks`."""
+    for size in (1 << 28, 1 << 24, 1 << 21):
+        while True:
+            try:
+                blocks.append(jnp.zeros(size, jnp.uint8).block_until_ready())
+            except jax.errors.JaxRuntimeError as error:
+                assert "RESOURCE_EXHAUSTED" in str(error)
+                break
+
+
+@pytest.fixture
+def ballast():
+    blocks: list[jax.Array] = []
+    yield blocks
+    for block in blocks:
+        if not block.is_deleted():
+            block.delete()
+
+
 @pytest.mark.scenario("G1")
-def test_a_full_device_is_explained_and_the_last_checkpoint_is_intact(base, whole, tmp_path):
-    stats = jax.local_devices()[0].memory_stats()
-    free = stats["bytes_limit"] - stats["bytes_in_use"]
-    ballast = jax.numpy.zeros(max(free - (64 << 20), 1), np.uint8)  # all but 64 MiB
-    ballast.block_until_ready()
+@pytest.mark.parametrize("moment", ["at the start", "in a step"])
+def test_a_full_device_is_explained_and_the_last_checkpoint_is_intact(
+    base, whole, tmp_path, ballast, moment
+):
     output = tmp_path / "run"
-    try:
-        with pytest.raises(ResourceError) as error:
-            trainer(base, output, tokens=65_536).fit()
-    finally:
-        ballast.delete()
+    with pytest.raises(StoppedError):
+        trainer(base, output, listener=stop_after(11)).fit()
+    seen = 0
+
+    def fill(event):
+        nonlocal seen
+        seen += isinstance(event, events.MicrobatchDone)
+        if seen == 3 and not ballast:
+            fill_device(ballast)
+
+    if moment == "at the start":
+        fill_device(ballast)
+    with pytest.raises(ResourceError) as error:
+        trainer(base, output, listener=fill).fit()
+    for block in ballast:
+        block.delete()
+    message = str(error.value)
     assert error.value.exit_code == 5
-    assert "tokens_per_microbatch" in str(error.value)
-    trainer(base, output).fit(resume="never")
+    assert "out of device memory" in message and "tokens_per_microbatch" in message
+    if moment == "in a step":
+        assert "was planned to need" in message and "the device has" in message
+        assert seen >= 3
+    trainer(base, output).fit()
     assert final_state(output) == final_state(whole)

@@ -1,0 +1,75 @@
+"""A training run of four jobs with dropout in tiles that the kernels take; also as a process.
+
+    python -m tests.reliability.gpu_run OUTPUT
+
+Another process compiles everything anew, and times XLA's choices anew: replay must not depend on
+either.
+"""
+
+import sys
+from pathlib import Path
+
+import lorafusion_jax as lf
+from lorafusion_jax.config import (
+    BatchingConfig,
+    EvalConfig,
+    RunTrainConfig,
+    SaveConfig,
+    TrainConfig,
+)
+from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.hf_weights import Base, random_base
+from lorafusion_jax.train.events import Listener
+from tests.train.tiny import dataset
+
+WIDE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+RANKS = {"a": 16, "b": 8, "c": 64, "d": 4}
+STEPS = 20
+
+
+def wide_base() -> Base:
+    """A random Llama in bfloat16, which the kernels take; float32 would go to XLA."""
+    return random_base(ModelConfig.from_hf(WIDE), 0, "bfloat16")
+
+
+def trainer(
+    base: Base, output: Path, *, listener: Listener | None = None, seed: int = 0, steps: int = STEPS
+) -> lf.MultiTrainer:
+    """Four jobs with dropout, so many steps each."""
+    made = lf.MultiTrainer(
+        base,
+        output=output,
+        seed=seed,
+        batching=BatchingConfig(tokens_per_microbatch=1024, tile=128),
+        train=RunTrainConfig(deterministic=True),
+        listener=listener,
+    )
+    for number, (name, r) in enumerate(RANKS.items()):
+        made.add_job(
+            name,
+            dataset(number, 48, 30, 120),
+            lora=lf.LoraConfig(r=r, dropout=0.1),
+            optim=lf.AdamW(lr=1e-3),
+            train=TrainConfig(max_steps=steps, global_batch_size=6),
+            eval=EvalConfig(split=6, every=steps // 2),
+            save=SaveConfig(every=max(1, steps // 4)),
+        )
+    return made
+
+
+if __name__ == "__main__":
+    trainer(wide_base(), Path(sys.argv[1])).fit()
