@@ -1,6 +1,6 @@
 """Keeps a GPU busy until it is killed, with products of changing sizes.
 
-    python -m tests.reliability.gpu_load
+python -m tests.reliability.gpu_load
 """
 
 import itertools

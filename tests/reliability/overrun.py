@@ -1,6 +1,6 @@
 """Runs one kernel with a table that is far too short: the overrun that a sanitizer must find.
 
-    python -m tests.reliability.overrun
+python -m tests.reliability.overrun
 """
 
 import jax

@@ -16,12 +16,13 @@ import pytest
 
 from lorafusion_jax.errors import ResourceError
 from lorafusion_jax.lora import linear
-from lorafusion_jax.train import events
+from lorafusion_jax.train import events, programs
 from lorafusion_jax.train.signals import StoppedError
 from pallas_kernels import tables
 from pallas_kernels.lora import mosaic_gpu
 from tests.kernels.oracle import make_problem, run
 from tests.reliability.gpu_run import trainer, wide_base
+from tests.train.conftest import _compile_once
 from tests.train.test_trainer import final_state, metrics, stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -49,20 +50,23 @@ def base():
     return wide_base()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    """Compiles once: a layer of Mosaic kernels takes half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "_compile", _compile_once)
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
+def whole(base, tmp_path_factory, shared_programs):
+    """A run for which only our kernels would do: a fall back to XLA is an error."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    trainer(base, output).fit()
+    ours = partial(linear.fused_multi_lora, implementation="mosaic_gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "fused_multi_lora", ours)
+        trainer(base, output).fit()
     return output
-
-
-@pytest.mark.scenario("B5")
-def test_training_takes_our_kernels(base, tmp_path, monkeypatch):
-    """Otherwise the tests below would only show that XLA repeats itself."""
-    monkeypatch.setattr(
-        linear, "fused_multi_lora", partial(linear.fused_multi_lora, implementation="mosaic_gpu")
-    )
-    trainer(base, tmp_path / "run", steps=2).fit()
 
 
 @pytest.mark.scenario("B5")
