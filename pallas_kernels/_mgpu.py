@@ -7,6 +7,7 @@ two compute warpgroups (0 and 1) and one that only moves memory (2).
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -47,6 +48,7 @@ _interpreting = contextvars.ContextVar("interpreting", default=False)
 _lowering: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
     "lowering", default=None
 )
+_tile_columns = contextvars.ContextVar("tile_columns", default=64)
 
 
 @contextlib.contextmanager
@@ -99,10 +101,28 @@ def num_sms() -> int:
     return jax.devices()[0].core_count if jax.default_backend() == "gpu" else _H100_SMS
 
 
+@contextlib.contextmanager
+def tiles_of(columns: int):
+    """Gives the buffers of kernels traced inside tiles of 16, 32 or 64 columns.
+
+    TMA copies whole tiles only, so arrays of other widths than multiples of 64 need narrower ones.
+    """
+    token = _tile_columns.set(columns)
+    try:
+        yield
+    finally:
+        _tile_columns.reset(token)
+
+
+def tile_columns() -> int:
+    """Columns of the tiles of kernels traced now, see `tiles_of`."""
+    return _tile_columns.get()
+
+
 def swizzled(minor: int, dtype) -> tuple:
     """The tiling and swizzle that TMA and wgmma share, for a buffer of `minor` columns."""
     bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(minor * bits)
+    swizzle = plgpu.find_swizzle(math.gcd(minor, tile_columns()) * bits)
     return (
         plgpu.TilingTransform((8, swizzle * 8 // bits)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]

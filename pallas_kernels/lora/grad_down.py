@@ -117,7 +117,7 @@ def grad_down(
             mgpu.tiles_buffer(sizes.stages, TILE_ROWS, sizes.panel, dtype),
             mgpu.tiles_buffer(sizes.stages, TILE_ROWS, chunks * _RANKS, dtype),
             mgpu.SMEM((sizes.stages, TILE_ROWS), jnp.uint32),
-            mgpu.SMEM((2, _RANKS, share), jnp.float32),
+            mgpu.tiles_buffer(2, _RANKS, share, jnp.float32),
             *mgpu.Ring.barriers(sizes.stages, copies=3, consumers=2),
         ),
         name="lora_grad_down",

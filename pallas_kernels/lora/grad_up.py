@@ -200,7 +200,10 @@ def grad_up(
             mgpu.tiles_buffer(sizes.stages, TILE_ROWS, _COLUMNS, dtype),
             mgpu.tiles_buffer(sizes.stages, width, _COLUMNS, dtype),
             mgpu.tiles_buffer(sizes.stages, TILE_ROWS, _RANKS, dtype),
-            *(mgpu.SMEM((2, 64, ranks_), f32) for ranks_ in sorted({_RANKS, width}, reverse=True)),
+            *(
+                mgpu.tiles_buffer(2, 64, ranks_, f32)
+                for ranks_ in sorted({_RANKS, width}, reverse=True)
+            ),
             *mgpu.Ring.barriers(sizes.stages, copies=3, consumers=2),
             mgpu.Barrier(num_arrivals=2),
         ),

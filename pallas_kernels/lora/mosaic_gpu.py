@@ -8,6 +8,7 @@ Raises NotImplementedError, with the reason, for what these kernels cannot run.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +37,34 @@ from pallas_kernels.tuning import Shape
 
 MAX_RANK = 256  # of one projection: one accumulator of `down`
 MAX_RANKS = 1024  # side by side in one launch; groups with more are taken apart
-_GRANULE, _TILE = 8, 64  # rows and columns of the tiles in SMEM, which TMA copies whole
+_GRANULE = 8  # rows of the tiles in SMEM, which TMA copies whole
+_STEP = 64  # ranks and columns that the kernels take at a time
+_TILES = (64, 32, 16)  # columns of theirs; Mosaic has no products of tiles of 8
 
 
-def _whole(columns: int) -> int:
-    """The least width from this one on that TMA can copy as tiles: see `_TILE`."""
-    unit = _GRANULE if columns <= _TILE else _TILE
+def _whole(columns: int, tile: int) -> int:
+    """The least width from this one on that TMA can copy as tiles of so many columns."""
+    unit = _GRANULE if columns <= tile else tile
     return max(1, -(-columns // unit)) * unit
 
 
-def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> None:
-    """Raises NotImplementedError if the kernels cannot run this."""
+def _whole_rank(rank: int) -> int:
+    """The least rank that TMA can copy, and the kernels go through in steps of 64."""
+    return _whole(rank, mgpu.tile_columns() if rank <= _STEP else _STEP)
+
+
+def _tile_columns(x: Array, ws: Weights) -> int:
+    """The widest tiles that all widths are whole multiples of; the wider, the faster."""
+    sizes = [("in", x.shape[1]), *((f"out[{i}]", w.shape[1]) for i, w in enumerate(ws))]
+    for tile in _TILES:
+        if all(_whole(size, tile) == size for _, size in sizes):
+            return tile
+    name, size = next((name, size) for name, size in sizes if _whole(size, _TILES[-1]) != size)
+    raise NotImplementedError(f"{name}={size}: the kernels take multiples of {_TILES[-1]}, and 8")
+
+
+def _tiles_for(x: Array, ws: Weights, a: Stacks, routing: Routing) -> AbstractContextManager[None]:
+    """Chooses tiles for what is traced inside; raises NotImplementedError if none can do this."""
     if not mgpu.targets_hopper():
         raise NotImplementedError("the kernels need a GPU of compute capability 9.0 (H100, H200)")
     if x.dtype not in (jnp.bfloat16, jnp.float16):
@@ -57,20 +75,16 @@ def _refuse_unsupported(x: Array, ws: Weights, a: Stacks, routing: Routing) -> N
         raise NotImplementedError(f"tiles of {tile_rows} rows: the kernels take multiples of 128")
     if not rows:
         raise NotImplementedError("no rows")
-    for name, size in [("in", x.shape[1]), *((f"out[{i}]", w.shape[1]) for i, w in enumerate(ws))]:
-        if _whole(size) != size:
-            raise NotImplementedError(
-                f"{name}={size}: the kernels take multiples of {_TILE}, and of {_GRANULE} below it"
-            )
     if len({a_i.shape[1] for a_i in a}) > 1:
         raise NotImplementedError("projections of different r_max: the kernels take one for all")
     if a[0].shape[1] > MAX_RANK:
         raise NotImplementedError(f"rank {a[0].shape[1]}: the kernels go up to {MAX_RANK}")
+    return mgpu.tiles_of(_tile_columns(x, ws))
 
 
 def _parts(group: int, rank: int, limit: int) -> list[slice]:
     """Projections that go through the kernels together: at most `limit` ranks."""
-    size = max(1, limit // _whole(rank))
+    size = max(1, limit // _whole_rank(rank))
     return [slice(first, first + size) for first in range(0, group, size)]
 
 
@@ -83,7 +97,7 @@ def _padded_rows(value: Array) -> Array:
 def _operands(stacks: Stacks, dtype) -> tuple[Float[Array, "_ _ _"], ...]:
     """Stacks in the compute dtype, their rank padded with zeros to one that TMA can copy."""
     rank = stacks[0].shape[1]
-    padded = ((0, 0), (0, _whole(rank) - rank), (0, 0))
+    padded = ((0, 0), (0, _whole_rank(rank) - rank), (0, 0))
     return tuple(jnp.pad(stack.astype(dtype), padded) for stack in stacks)
 
 
@@ -100,19 +114,23 @@ def forward(
     routing: Routing,
 ) -> tuple[Outputs, Smalls]:
     """Returns the outputs and S of each projection; see `spec.forward`."""
-    _refuse_unsupported(x, ws, a, routing)
+    with _tiles_for(x, ws, a, routing):
+        return _forward(x, ws, a, b, biases, routing)
+
+
+def _forward(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, routing: Routing):
     num_rows = x.shape[0]
     x, routing = _padded_rows(x), routing._replace(row_key=_padded_rows(routing.row_key))
     rows = prepare(*routing)
     ys, ss = [], []
     for part in _parts(len(ws), a[0].shape[1], MAX_RANKS):
-        some_ys, some_ss = _forward(x, ws[part], a[part], b[part], biases[part], rows)
+        some_ys, some_ss = _forward_part(x, ws[part], a[part], b[part], biases[part], rows)
         ys += some_ys
         ss += some_ss
     return tuple(y[:num_rows] for y in ys), tuple(s[:num_rows] for s in ss)
 
 
-def _forward(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Tiles):
+def _forward_part(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Tiles):
     rank = a[0].shape[1]
     a, b = _operands(a, x.dtype), _operands(b, x.dtype)
     shape = _shape(x, ws, a)
@@ -161,14 +179,20 @@ def backward(
     dys: Outputs,
 ) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
     """Returns dX, dA and dB; see `spec.backward`."""
-    _refuse_unsupported(x, ws, a, routing)
+    with _tiles_for(x, ws, a, routing):
+        return _backward(x, ws, a, b, ss, routing, dys)
+
+
+def _backward(x: Array, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, routing: Routing, dys):
     num_rows = x.shape[0]
     routing = routing._replace(row_key=_padded_rows(routing.row_key))
     x, ss, dys = jax.tree.map(_padded_rows, (x, ss, dys))
     rows = prepare(*routing)
     dxs, das, dbs = [], [], []
     for part in _parts(len(ws), a[0].shape[1], MAX_RANKS):
-        dx, some_das, some_dbs = _backward(x, ws[part], a[part], b[part], ss[part], rows, dys[part])
+        dx, some_das, some_dbs = _backward_part(
+            x, ws[part], a[part], b[part], ss[part], rows, dys[part]
+        )
         dxs.append(dx)
         das += some_das
         dbs += some_dbs
@@ -180,7 +204,7 @@ def backward(
     return dx[:num_rows], das, dbs
 
 
-def _backward(x: Array, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles, dys: Outputs):
+def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles, dys: Outputs):
     rank = a[0].shape[1]
     a, b = _operands(a, x.dtype), _operands(b, x.dtype)
     shape = _shape(x, ws, a)
@@ -203,7 +227,8 @@ def _backward(x: Array, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Til
 
 def _can_absorb(shape: Shape) -> bool:
     """Whether products can do the skinny passes; K of one TMA tile would lose its column index."""
-    return shape.ranks <= min(s_pass.MAX_RANKS, da_pass.RANKS) and shape.k > _TILE
+    few = shape.ranks <= min(s_pass.MAX_RANKS, da_pass.RANKS)
+    return few and shape.k > _STEP and shape.k % _STEP == 0
 
 
 def _shape(x: Array, ws: Weights, a: Stacks) -> Shape:

@@ -36,6 +36,10 @@ SHAPES = {
     "narrow outputs, grouped": {
         "tiles": (1, 0), "k": 64, "ns": (640, 64, 24), "rank": 16, "tile_rows": 128,
     },
+    "widths in 16s": {
+        "tiles": (1, 0), "k": 144, "ns": (80, 336), "rank": 24, "tile_rows": 128, "biased": True,
+    },
+    "widths in 32s": {"tiles": (1, 0), "k": 4128, "ns": (2080,), "rank": 16, "tile_rows": 128},
     "ragged rows": {"tiles": (0,), "k": 320, "ns": (192,), "rank": 16, "tile_rows": 1001},
     "few rows": {"tiles": (0,), "k": 8, "ns": (8,), "rank": 1, "tile_rows": 8},
     "tiles of 256": {"tiles": (1, 0, -1), "k": 4096, "ns": (128,), "rank": 16, "tile_rows": 256},
@@ -107,7 +111,7 @@ def test_absorbed_passes_give_the_bits_of_separate_ones(name):
     """S at the head of base_up, dA at the tail of dx; 50 times, as blocks wait for each other."""
     p = _problem(**({"tile_rows": 128} | _ABSORBED[name]))
     jax.clear_caches()
-    with tables.using(grad_down=GradDownTiles(splits=1)):
+    with tables.using(grad_down=GradDownTiles(stages=3, splits=1)):
         separate = _run(mosaic_gpu, p)
     jax.clear_caches()
     with tables.using(**_ABSORB):

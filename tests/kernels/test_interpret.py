@@ -141,6 +141,11 @@ def test_three_projections_of_rank_200():
 
 
 @pytest.mark.slow
+def test_widths_that_are_multiples_of_16():
+    _passes("check(tiles=(1, 0), k=144, ns=(80, 272), rank=24, padding=(5,), biased=True)")
+
+
+@pytest.mark.slow
 def test_float16_and_rows_that_fill_no_granule():
     _passes("check(tiles=(0,), tile_rows=77, k=64, ns=(64,), rank=8, dtype=jnp.float16)")
 
