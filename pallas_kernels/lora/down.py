@@ -72,8 +72,14 @@ def down(
                 def _():
                     mask_tile(x_tile, mask, facts.threshold, (first_step + step) * tile_k)
 
-                mgpu.wgmma(accumulator, x_tile, a_tile.transpose((1, 0)))
-                mgpu.wgmma_wait(0)
+                def multiply():
+                    mgpu.wgmma(accumulator, x_tile, a_tile.transpose((1, 0)))
+                    mgpu.wgmma_wait(0)
+
+                if k > tile_k:
+                    multiply()
+                else:  # see `gemm.store_tile`: the second step would be the first one again
+                    mgpu.pl.when(step == 0)(multiply)
                 ring.release(step)
 
         def store(total):

@@ -36,6 +36,7 @@ SHAPES = {
     "narrow outputs, grouped": {
         "tiles": (1, 0), "k": 64, "ns": (640, 64, 24), "rank": 16, "tile_rows": 128,
     },
+    "one tile of columns": {"tiles": (1, 0), "k": 64, "ns": (64,), "rank": 200, "tile_rows": 128},
     "widths in 16s": {
         "tiles": (1, 0), "k": 144, "ns": (80, 336), "rank": 24, "tile_rows": 128, "biased": True,
     },
