@@ -46,7 +46,7 @@ class Bench:
         import jax.numpy as jnp
 
         from lorafusion_jax.bench.shapes import model_shape
-        from lorafusion_jax.models.attention import Segments
+        from lorafusion_jax.models.attention import Demands, Segments
 
         self.options, self.config = options, model_shape(options.model, 1)
         self.dtype = jnp.dtype(options.dtype)
@@ -54,7 +54,8 @@ class Bench:
         row = jnp.arange(self.tokens, dtype=jnp.int32)
         cuts = jnp.minimum(jnp.arange(17, dtype=jnp.int32) * options.length, self.tokens)
         self.positions = row % options.length
-        self.segments = Segments(row - self.positions, cuts)
+        demands = Demands(longest=options.length)
+        self.segments = Segments(row - self.positions, cuts, demands)
         self.keys = iter(jax.random.split(jax.random.key(0), 64))
 
     def normal(self, *shape: int, scale: float = 1.0):
@@ -206,6 +207,9 @@ def attention_rows(bench: Bench) -> list[dict]:
         return attention_xla.attend(q, k, v, segments.start, scoring)
 
     def cudnn_unguarded(q, k, v):
+        return attention_cudnn.attend(q, k, v, segments.offsets, scoring, bench.options.length)
+
+    def cudnn_unbounded(q, k, v):
         return attention_cudnn.attend(q, k, v, segments.offsets, scoring)
 
     functions: dict[str, tuple[Callable, dict | None]] = {
@@ -217,6 +221,7 @@ def attention_rows(bench: Bench) -> list[dict]:
         functions["cudnn"] = (cudnn, None)
         functions["cudnn_repeatable"] = (cudnn, REPEATABLE)
         functions["cudnn_unguarded"] = (cudnn_unguarded, None)
+        functions["cudnn_unbounded"] = (cudnn_unbounded, None)
 
     def program(function: Callable, options: dict | None):
         def run(q, k, v, dout):

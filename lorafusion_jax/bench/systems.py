@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorafusion_jax.lora import linear
-from lorafusion_jax.train.batch import PackedBatch
+from lorafusion_jax.train.batch import LongestSegment, PackedBatch
 from lorafusion_sched import Sample
 from pallas_kernels import fused_multi_lora
 
@@ -113,5 +113,6 @@ def padded_batch(
         "row_key": np.where(real, np.arange(rows) + 1, 0).astype(np.uint32),
         "tile_adapter": np.repeat([s for s, _ in samples], length // tile).astype(np.int32),
         "batch_end": np.isin(np.arange(num_slots), list(ends)),
+        "longest": LongestSegment(length),
     }
     return PackedBatch(**rows_of)

@@ -130,7 +130,8 @@ class Program:
 
         start = time.perf_counter()
         setup, rows = self._setup, batch.tokens.shape[0]
-        remat, chunk = self._plan_memory(rows, batch.segment_offsets.shape[0] - 1)
+        segments = batch.segment_offsets.shape[0] - 1
+        remat, chunk = self._plan_memory(rows, segments, batch.longest.rows)
         model = Model(self._graphdef, remat, chunk, setup.deterministic)
         jit = partial(
             jax.jit, donate_argnums=0, compiler_options=REPEATABLE if setup.deterministic else None
@@ -143,7 +144,7 @@ class Program:
         self.compile_seconds += time.perf_counter() - start
         self.bytes = max(self.bytes, compiled_bytes(compiled))
 
-    def _plan_memory(self, rows: int, segments: int):
+    def _plan_memory(self, rows: int, segments: int, longest: int | None):
         """Returns the remat policy and the chunk of the loss for microbatches of so many rows."""
         import jax
 
@@ -160,6 +161,7 @@ class Program:
             itemsize=setup.base.model.head_weight().dtype.itemsize,
             loss_chunk=chunk,
             segments=segments,
+            longest=longest,
             kernels=jax.default_backend() == "gpu",
             tile=setup.tile,
         )
@@ -265,10 +267,11 @@ class Packed(NamedTuple):
 
 def compile_packed(setup: Setup, system: str) -> Packed:
     """Plans b, d or e and compiles its step."""
-    from lorafusion_jax.train.batch import JobRows, pack, segment_bucket
+    from lorafusion_jax.train.batch import JobRows, longest_bucket, pack, segment_bucket
 
     plan, plan_seconds = _plan(setup, system)
-    segments = segment_bucket(plan)
+    longest = longest_bucket(plan)
+    sizes = {"max_segments": segment_bucket(plan, longest), "longest": longest}
     program = Program(setup, system)
     rows = {
         job.name: JobRows(0 if program.slots == 1 else slot, slot + 1,
@@ -277,8 +280,7 @@ def compile_packed(setup: Setup, system: str) -> Packed:
     }  # fmt: skip
 
     def make(index: int):
-        size = {"tile": setup.tile, "num_slots": program.slots, "max_segments": segments}
-        return pack(plan[index], rows, **size)[0]
+        return pack(plan[index], rows, tile=setup.tile, num_slots=program.slots, **sizes)[0]
 
     program.compile(make(0))
     return Packed(program, plan, plan_seconds, make)

@@ -4,9 +4,10 @@
 bits. An implementation refuses what it cannot do with a reason (NotImplementedError), and the next
 one is taken.
 
-A masked product still turns `0 * NaN` into NaN. So samples that hold anything non-finite are set
-to zero on the way in and to NaN on the way out, forward and backward, whatever the implementation:
-the whole sample is NaN, and no other sample changes by a bit. Padding rows are samples of one row.
+A masked product still turns `0 * NaN` into NaN. So what is not finite is zero on the way in, and
+samples that hold any of it are NaN on the way out, forward and backward, whatever the
+implementation: the whole sample is NaN, and no other sample changes by a bit. Padding rows are
+samples of one row.
 """
 
 from collections.abc import Callable
@@ -32,9 +33,11 @@ class Demands:
 
     Attributes:
         deterministic: take an implementation that repeats its bits.
+        longest: no sample and no run of padding has more rows; None for no bound.
     """
 
     deterministic: bool = False
+    longest: int | None = None
 
 
 class Segments(NamedTuple):
@@ -150,7 +153,8 @@ def _by_xla(q, k, v, segments: Segments, scoring: Scoring):
 
 
 def _by_cudnn(q, k, v, segments: Segments, scoring: Scoring):
-    return attention_cudnn.attend(q, k, v, segments.offsets, scoring)
+    longest = segments.demands.longest
+    return attention_cudnn.attend(q, k, v, segments.offsets, scoring, longest)
 
 
 _IMPLEMENTATIONS: dict[AttentionImplementation, Callable] = {"cudnn": _by_cudnn, "xla": _by_xla}
@@ -165,7 +169,7 @@ def _guarded(what: tuple[Callable, Scoring], q, k, v, segments: Segments):
 def _guarded_forward(what, q, k, v, segments: Segments):
     function, scoring = what
     bad = _samples_with(_nonfinite(q) | _nonfinite(k) | _nonfinite(v), segments.start)
-    finite = tuple(_fill(bad, x, 0.0) for x in (q, k, v))
+    finite = tuple(_finite_or_zero(x) for x in (q, k, v))
     out, pull = jax.vjp(lambda q, k, v: function(q, k, v, segments, scoring), *finite)
     bad = _samples_with(bad | _nonfinite(out), segments.start)
     return _fill(bad, out, jnp.nan), (pull, bad, segments)
@@ -174,7 +178,7 @@ def _guarded_forward(what, q, k, v, segments: Segments):
 def _guarded_backward(what, residuals, dout):
     pull, bad, segments = residuals
     bad = _samples_with(bad | _nonfinite(dout), segments.start)
-    gradients = pull(_fill(bad, dout, 0.0))
+    gradients = pull(_finite_or_zero(dout))
     return (*(_fill(bad, gradient, jnp.nan) for gradient in gradients), None)
 
 
@@ -183,6 +187,11 @@ _guarded.defvjp(_guarded_forward, _guarded_backward)
 
 def _nonfinite(x: Float[Array, "T _ _"]) -> Bool[Array, " T"]:
     return ~jnp.all(jnp.isfinite(x), axis=(1, 2))
+
+
+def _finite_or_zero(x: Array) -> Array:
+    """Element by element: XLA does it where x is made, in the rotary embedding's own pass."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
 def _samples_with(flag: Bool[Array, " T"], start: Int[Array, " T"]) -> Bool[Array, " T"]:

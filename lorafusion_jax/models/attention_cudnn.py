@@ -4,9 +4,13 @@
 row, told apart by offsets), which jax has internally. This is the only file that imports from
 `jax._src`; versions of jax that nobody has tried are refused.
 
-cuDNN's time and its saved statistics ([M, H, T] float32) grow with the static number of segments M:
-`lorafusion_jax.train.batch.segment_bucket` keeps it small.
+cuDNN launches blocks for every segment as if it were as long as the static bound says, and most of
+them find nothing to do; its saved statistics are [M, H, bound] in float32. So both static numbers
+count: `lorafusion_jax.train.batch` keeps the segments M and the longest of them small.
 """
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,30 +64,90 @@ def attend(
     v: Float[Array, "T G D"],
     offsets: Int[Array, " M1"],
     scoring: Scoring,
+    longest: int | None = None,
 ) -> Float[Array, "T H D"]:
     """Attends from each row to the rows of its own segment up to itself; inputs must be finite.
 
     A run of padding is one segment here: its rows see one another, and nobody sees them.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        offsets: as in `Segments`.
+        scoring: of the attention.
+        longest: no segment has more rows; None for no bound but T.
     """
+    rows, (segments,) = q.shape[0], (offsets.shape[0] - 1,)
+    pages = num_pages(rows, rows if longest is None else longest)
+    per_page = max(2, -(-segments // pages))  # one segment would not be the packed layout
+    offsets = jnp.pad(offsets, (0, pages * (per_page + 1) - offsets.shape[0]), constant_values=rows)
+    lengths = jnp.diff(offsets)[: pages * per_page].reshape(pages, per_page)
+    where = (lengths, offsets.reshape(pages, per_page + 1))
+    q, k, v = (x.reshape(pages, rows // pages, *x.shape[1:]) for x in (q, k, v))
+    return _packed(scoring, q, k, v, where).reshape(rows, *q.shape[2:])
+
+
+def num_pages(rows: int, longest: int) -> int:
+    """Returns into how many equal pages of at least `longest` rows a row of samples is cut.
+
+    cuDNN is told that it has a batch of so many rows of the page's length. Its offsets count from
+    the beginning of all pages, so samples may lie across them: pages only bound the lengths.
+    """
+    pages = 1
+    while rows % (2 * pages * 64) == 0 and rows // (2 * pages) >= max(longest, 256):
+        pages *= 2
+    return pages
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed(scoring: Scoring, q, k, v, where):
+    return _packed_forward(scoring, q, k, v, where)[0]
+
+
+def _packed_forward(scoring: Scoring, q, k, v, where):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    if offsets.shape[0] < 3:  # one segment would not be the packed layout
-        offsets = jnp.pad(offsets, (0, 3 - offsets.shape[0]), constant_values=q.shape[0])
-    lengths = jnp.diff(offsets)[None]
-    out = cudnn.dot_product_attention(
-        q[None],
-        k[None],
-        v[None],
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=offsets[None],
-        kv_offsets=offsets[None],
-        scale=scoring.scale,
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
-        sliding_window_length=scoring.window,
-        qkv_layout="BTNH",
+    operands = (q, k, v, *_operands(q, k, where))
+    out, statistics = cudnn._dot_product_attention_fwd_p.bind(
+        *operands, is_training=True, **_parameters(scoring)
     )
-    return jnp.asarray(out)[0]
+    return out, (operands, statistics, out)
+
+
+def _packed_backward(scoring: Scoring, residuals, dout):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    operands, statistics, out = residuals
+    gradients = cudnn._dot_product_attention_bwd_p.bind(
+        *operands, statistics, out, dout, **_parameters(scoring)
+    )
+    return (*gradients[:3], None)
+
+
+_packed.defvjp(_packed_forward, _packed_backward)
+
+
+def _operands(q, k, where) -> tuple:
+    """What comes after q, k and v: bias, lengths, offsets in elements, and two page tables."""
+    lengths, offsets = where
+    none = jnp.zeros(0, q.dtype)
+    in_elements = (offsets * (x.shape[2] * x.shape[3]) for x in (q, k))
+    return (none, lengths, lengths, *in_elements, none, none)
+
+
+def _parameters(scoring: Scoring) -> dict[str, Any]:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return {
+        "scale": scoring.scale,
+        "seed": 0,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),  # no bias, and no gradient of it
+        "mask_type": cudnn.MaskType.PADDING_CAUSAL,
+        "layout": cudnn.AttentionLayout.BTNH.value,
+        "sliding_window_length": scoring.window,
+    }
 
 
 def _on_hopper() -> bool:

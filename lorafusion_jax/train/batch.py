@@ -4,11 +4,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lorafusion_jax.errors import DataError
 from lorafusion_sched import Microbatch, Sample
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class LongestSegment:
+    """A static bound of the rows of every sample and run of padding; None for none."""
+
+    rows: int | None = None
 
 
 class PackedBatch(NamedTuple):
@@ -28,6 +37,7 @@ class PackedBatch(NamedTuple):
         row_key: dropout identity of the token, 0 for padding.
         tile_adapter: slot of each tile, -1 for none.
         batch_end: per slot, whether the slot's global batch ends with this microbatch.
+        longest: bound of the segments' rows.
     """
 
     tokens: Int[Array, " C"]
@@ -39,6 +49,7 @@ class PackedBatch(NamedTuple):
     row_key: UInt32[Array, " C"]
     tile_adapter: Int[Array, " tiles"]
     batch_end: Bool[Array, " slots"]
+    longest: LongestSegment = LongestSegment()
 
 
 class TokenisedSamples(Protocol):
@@ -82,15 +93,29 @@ def supervised_labels(supervised: np.ndarray) -> int:
     return int(np.count_nonzero(supervised[1:]))
 
 
-def num_segments(microbatch: Microbatch) -> int:
-    """Returns an upper bound of the segments (samples and runs of padding) of a microbatch."""
-    return sum(len(s.samples) + 1 for s in microbatch.stretches) + 1
+def num_segments(microbatch: Microbatch, longest: int | None = None) -> int:
+    """Returns an upper bound of the segments (samples and runs of padding) of a microbatch.
+
+    Args:
+        microbatch: what the planner decided.
+        longest: rows above which a run of padding is cut into several.
+    """
+    padding = microbatch.capacity - sum(s.tokens() for s in microbatch.stretches)
+    cuts = 0 if longest is None else padding // longest
+    return sum(len(s.samples) + 1 for s in microbatch.stretches) + 1 + cuts
 
 
-def segment_bucket(microbatches: Iterable[Microbatch]) -> int:
+def segment_bucket(microbatches: Iterable[Microbatch], longest: int | None = None) -> int:
     """Returns the static M for these microbatches: 16, 32, 64, ... so that plans share programs."""
-    most = max((num_segments(m) for m in microbatches), default=1)
+    most = max((num_segments(m, longest) for m in microbatches), default=1)
     return max(16, 1 << (most - 1).bit_length())
+
+
+def longest_bucket(microbatches: Iterable[Microbatch]) -> int:
+    """Returns the static bound of the samples' lengths: 256, 512, 1024, ..."""
+    samples = (s for m in microbatches for stretch in m.stretches for s in stretch.samples)
+    longest = max((sample.length for sample in samples), default=1)
+    return max(256, 1 << (longest - 1).bit_length())
 
 
 def pack(
@@ -100,6 +125,7 @@ def pack(
     tile: int,
     num_slots: int,
     max_segments: int,
+    longest: int | None = None,
 ) -> tuple[PackedBatch, list[RowOwner]]:
     """Lays the samples of a planned microbatch out in rows.
 
@@ -112,6 +138,8 @@ def pack(
         tile: rows per tile.
         num_slots: adapter slots of the bank.
         max_segments: static number of segments M.
+        longest: static bound of the samples' lengths; longer runs of padding are cut. None for no
+            bound.
 
     Returns:
         The batch in numpy arrays, and which rows hold which sample.
@@ -140,9 +168,10 @@ def pack(
         start += num_tiles * tile
     assert start <= capacity, f"stretches need {start} rows of {capacity}"
     rows |= {
-        "segment_offsets": _offsets(owners, capacity, max_segments),
+        "segment_offsets": _offsets(owners, capacity, max_segments, longest or capacity),
         "tile_adapter": tile_adapter,
         "batch_end": batch_end,
+        "longest": LongestSegment(longest),
     }
     return PackedBatch(**rows), owners
 
@@ -182,17 +211,16 @@ def _write_sample(
     rows["row_key"][span] = _row_keys(job.seed, epoch, index, length)
 
 
-def _offsets(owners: list[RowOwner], capacity: int, max_segments: int) -> np.ndarray:
+def _offsets(owners: list[RowOwner], capacity: int, max_segments: int, longest: int) -> np.ndarray:
     """First rows of samples and of runs of padding, filled up with the capacity."""
     starts: list[int] = []
     end = 0
     for owner in owners:
-        if owner.start > end:
-            starts.append(end)
+        starts += range(end, owner.start, longest)
         starts.append(owner.start)
         end = owner.stop
-    if end < capacity:
-        starts.append(end)
+        assert end - owner.start <= longest, f"a sample of {end - owner.start} rows, {longest=}"
+    starts += range(end, capacity, longest)
     assert len(starts) <= max_segments, f"{len(starts)} segments, room for {max_segments}"
     offsets = np.full(max_segments + 1, capacity, np.int32)
     offsets[: len(starts)] = starts

@@ -6,7 +6,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lorafusion_jax.lora.bank import AdapterBank
-from lorafusion_jax.train.batch import JobRows, PackedBatch, RowOwner, pack, segment_bucket
+from lorafusion_jax.train.batch import (
+    JobRows,
+    PackedBatch,
+    RowOwner,
+    longest_bucket,
+    pack,
+    segment_bucket,
+)
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loss import TokenLosses
 from lorafusion_sched import Plan, Problem, plan
@@ -61,7 +68,7 @@ class Evaluator:
         self._programs, self._tile, self.capacity = programs, tile, capacity
         self._jobs: list[TrainJob] = []
         self._plans: dict[str, Plan] = {}
-        self._segments = 1  # one static number for all jobs: one program
+        self._segments, self._longest = 1, 1  # the same for all jobs: one program
         for job in jobs:
             self.add(job)
 
@@ -72,7 +79,9 @@ class Evaluator:
             jobs = (job.eval_plan(),)
             answer = plan(Problem(jobs=jobs, capacities=(self.capacity,), tile=self._tile))
             self._plans[job.name] = answer
-            self._segments = max(self._segments, segment_bucket(answer.microbatches))
+            self._longest = max(self._longest, longest_bucket(answer.microbatches))
+            segments = segment_bucket(answer.microbatches, self._longest)
+            self._segments = max(self._segments, segments)
 
     def __call__(self, bank: AdapterBank, job: TrainJob, slot: int) -> EvalResult | None:
         """Evaluates the adapter in `slot`, or the base model (`BASE`), on a job's held-out samples.
@@ -99,7 +108,8 @@ class Evaluator:
         self, job: TrainJob, slot: int, num_slots: int
     ) -> Iterator[tuple[PackedBatch, list[RowOwner]]]:
         rows = {job.name: JobRows(slot, job.seed, job.eval_samples)}
-        sizes = {"tile": self._tile, "num_slots": num_slots, "max_segments": self._segments}
+        sizes = {"tile": self._tile, "num_slots": num_slots}
+        sizes |= {"max_segments": self._segments, "longest": self._longest}
         for microbatch in self._plans[job.name].microbatches:
             yield pack(microbatch, rows, **sizes)
 

@@ -17,7 +17,7 @@ from lorafusion_jax.lora.bank import put_slot, write_slot
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.background import BackgroundSaver, SaveDone
-from lorafusion_jax.train.batch import JobRows, PackedBatch, pack, segment_bucket
+from lorafusion_jax.train.batch import JobRows, PackedBatch, longest_bucket, pack, segment_bucket
 from lorafusion_jax.train.delivery import Delivery
 from lorafusion_jax.train.early_stop import STOPPED, note_evaluation
 from lorafusion_jax.train.evaluate import BASE, Evaluator
@@ -95,7 +95,8 @@ class Run:
     def __post_init__(self):
         self._by_name = {job.name: job for job in self.jobs}
         self._num_slots = self.state.bank.rank.shape[0]
-        self._segments = segment_bucket(self.schedule.plan.microbatches)
+        self._segments, self._longest = 0, 0
+        self._make_room(self.schedule)
         self._replanner = Replanner(self._num_slots)
         for job in self.jobs:
             self.progress.setdefault(job.name, JobProgress())
@@ -355,7 +356,7 @@ class Run:
         self.schedule = schedule
         self.facts["plan"] = to_json(schedule.plan)
         self.folder.write_plan(self.facts["plan"])
-        self._segments = max(self._segments, segment_bucket(schedule.plan.microbatches))
+        self._make_room(schedule)
         self._place_rows()
         self._outcomes.follow(schedule)
         self._load_hyper()
@@ -365,6 +366,12 @@ class Run:
                 f"of {before - self.cursor}"
             )
         )
+
+    def _make_room(self, schedule: Schedule) -> None:
+        """Sets what is static of the samples' lengths; it only grows, so that programs are kept."""
+        microbatches = schedule.plan.microbatches
+        self._longest = max(self._longest, longest_bucket(microbatches))
+        self._segments = max(self._segments, segment_bucket(microbatches, self._longest))
 
     def _place_rows(self) -> None:
         """Notes where each job's rows come from and go to, for the jobs that are in the plan."""
@@ -392,6 +399,7 @@ class Run:
             tile=self.tile,
             num_slots=self._num_slots,
             max_segments=self._segments,
+            longest=self._longest,
         )
         return batch
 

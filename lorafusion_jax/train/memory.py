@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from lorafusion_jax.errors import ResourceError
+from lorafusion_jax.models.attention_cudnn import num_pages
 from lorafusion_jax.models.config import ModelConfig
 from lorafusion_jax.models.decoder import REMAT_POLICIES, Remat
 
@@ -32,6 +33,7 @@ class Step(NamedTuple):
         itemsize: bytes of a weight or activation, 2 or 4.
         loss_chunk: rows whose logits exist at a time.
         segments: static segments of a microbatch.
+        longest: static bound of their rows; None for none.
         moments: arrays that the optimizers keep per parameter (2 for adam and adamw).
         kernels: the fused kernels and cuDNN's attention run; else XLA, which keeps more.
         tile: rows per tile.
@@ -44,6 +46,7 @@ class Step(NamedTuple):
     itemsize: int = 2
     loss_chunk: int = 1024
     segments: int = 16
+    longest: int | None = None
     moments: int = 2
     kernels: bool = True
     tile: int = 128
@@ -177,7 +180,7 @@ def _kept_per_row(step: Step, remat: Remat) -> float:
         return d * size
     # Normed input, ranks of four projections, queries, keys, values, output twice (once as
     # attention's, once as the input of the next projection), statistics.
-    statistics = 4 * heads * (step.segments if step.kernels else 1)
+    statistics = 4 * heads * (_segments_per_page(step) if step.kernels else 1)
     block = inputs + (d + 3 * q + 2 * kv) * size + 4 * rank + statistics
     if config.qk_norm:
         block += (q + kv) * size
@@ -192,6 +195,12 @@ def _kept_per_row(step: Step, remat: Remat) -> float:
         return block + feed_forward
     gates = (d + 2 * inner + (d if config.post_norms else 0)) * size
     return gates + (d * size if remat == "attention" else block)
+
+
+def _segments_per_page(step: Step) -> int:
+    """cuDNN's statistics are [segments, heads, rows of a page]."""
+    pages = num_pages(step.capacity, step.longest or step.capacity)
+    return max(2, -(-step.segments // pages))
 
 
 def _backward_per_row(step: Step) -> float:

@@ -21,7 +21,7 @@ from lorafusion_jax.parallel.order import order_of
 from lorafusion_jax.parallel.ranks import of_ranks, sum_ranks
 from lorafusion_jax.parallel.run import MeshPrograms, MeshRun
 from lorafusion_jax.train.background import BackgroundSaver
-from lorafusion_jax.train.batch import segment_bucket
+from lorafusion_jax.train.batch import longest_bucket, segment_bucket
 from lorafusion_jax.train.evaluate import Evaluator
 from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
 from lorafusion_jax.train.goodput import Goodput
@@ -41,7 +41,7 @@ from lorafusion_jax.train.resume import Saved, restore_state, run_facts
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule, make_schedule, padding_share
 from lorafusion_jax.train.step import Model, TrainState, init_state, loss_chunk
-from lorafusion_sched import padded, to_json
+from lorafusion_sched import Microbatch, padded, to_json
 
 GPU_TILE, CPU_TILE = 128, 16
 
@@ -117,9 +117,7 @@ def prepare_run(
         make_run = partial(MeshRun, engine, programs)
         state = on_host(state)
     else:
-        step = memory_step(
-            base, jobs, capacity, num_slots, tile, segment_bucket(schedule.plan.microbatches)
-        )
+        step = memory_step(base, jobs, capacity, num_slots, tile, schedule.plan.microbatches)
         remat, planned = _plan_memory(step, config.train.remat)
         model = Model(graphdef, remat, step.loss_chunk, config.train.deterministic)
         programs = Programs(model, frozen, listener, waiting=lambda: goodput.during("compile"))
@@ -152,9 +150,10 @@ def memory_step(
     capacity: int,
     num_slots: int,
     tile: int,
-    segments: int = 16,
+    microbatches: Sequence[Microbatch] = (),
 ) -> Step:
     """Returns what the memory of the jobs' training step depends on."""
+    longest = longest_bucket(microbatches) if microbatches else None
     return Step(
         base.config,
         capacity,
@@ -162,7 +161,8 @@ def memory_step(
         max(job.max_rank for job in jobs),
         itemsize=base.dtype.itemsize,
         loss_chunk=loss_chunk(base.config.vocab_size, capacity),
-        segments=segments,
+        segments=segment_bucket(microbatches, longest),
+        longest=longest,
         moments=moments_of(job.config.optim.name for job in jobs),
         kernels=jax.default_backend() == "gpu",
         tile=tile,

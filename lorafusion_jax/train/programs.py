@@ -31,11 +31,12 @@ REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
 class _Key(NamedTuple):
-    """What tells programs apart: the name, the capacity (0 for the update), M, and loss limits."""
+    """What tells programs apart: a name, capacity (0 for the update), M, its bound, loss limits."""
 
     name: str
     capacity: int = 0
     segments: int = 0
+    longest: int | None = None
     limits: bool = False
 
 
@@ -129,7 +130,8 @@ class Programs:
 
 
 def _batch_key(name: str, batch: PackedBatch) -> _Key:
-    return _Key(name, batch.tokens.shape[0], batch.segment_offsets.shape[0])
+    sizes = batch.tokens.shape[0], batch.segment_offsets.shape[0]
+    return _Key(name, *sizes, batch.longest.rows)
 
 
 def _update_key(hyper: Hyper) -> _Key:

@@ -117,7 +117,7 @@ def _token_losses(
     bank = bank._replace(a=adapters["a"], b=adapters["b"])
     decoder = merge_adapters(model.graphdef, frozen, bank)
     context = lora_context(bank, batch.tile_adapter, batch.row_key, train=train)
-    demands = Demands(deterministic=model.deterministic)
+    demands = Demands(deterministic=model.deterministic, longest=batch.longest.rows)
     segments = Segments(batch.segment_start, batch.segment_offsets, demands)
     remat = model.remat if train else "none"
     hidden = decoder(batch.tokens, batch.positions, segments, context, remat=remat)  # pyright: ignore[reportCallIssue]

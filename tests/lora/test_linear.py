@@ -86,7 +86,8 @@ def test_grouped_equals_one_by_one_and_skips_untargeted():
     together = grouped_linear((q, k, v), x, context, 3)
     assert_bit_equal(together, tuple(linear(x, context, 3) for linear in (q, k, v)))
     calls = str(jax.make_jaxpr(lambda x: grouped_linear((q, k, v), x, context))(x))
-    assert calls.count("custom_vjp_call[") == 1
+    plain = calls.count("fwd=_plain_forward")  # k, which has no adapters
+    assert (calls.count("custom_vjp_call["), plain) == (2, 1)
 
 
 def test_bfloat16_computation_keeps_float32_adapters():
@@ -105,3 +106,33 @@ def test_gradients_reach_adapters_only():
     )(linear)
     assert set(gradient) == {"lora_a", "lora_b"}
     assert not np.any(gradient["lora_a"][...][0]) and np.any(gradient["lora_a"][...][1])
+
+
+def test_the_plain_linear_keeps_its_dtype_backward():
+    """No float32 copy of a bfloat16 kernel, and gradients as of jax's own rule."""
+    linear = MultiLoRALinear(
+        24, 40, use_bias=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    x, dy = (
+        jax.random.normal(jax.random.key(i), (16, n), jnp.bfloat16) for i, n in ((1, 24), (2, 40))
+    )
+    graphdef, state = nnx.split(linear)
+
+    def ours(state, x):
+        return nnx.merge(graphdef, state)(x)
+
+    def plain(state, x):
+        kernel, bias = (state[name][...].astype(jnp.float32) for name in ("kernel", "bias"))
+        return x.astype(jnp.float32) @ kernel + bias
+
+    def gradients(function, dy):
+        return jax.vjp(function, state, x)[1](dy)
+
+    text = jax.jit(lambda x, dy: jax.vjp(ours, state, x)[1](dy)[1]).lower(x, dy).as_text()
+    assert "xf32>, tensor" not in text  # every product takes bfloat16
+    for got, want in zip(
+        jax.tree.leaves(gradients(ours, dy)),
+        jax.tree.leaves(gradients(plain, dy.astype(jnp.float32))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=2e-2, atol=2e-2)

@@ -20,6 +20,7 @@ from tests.tolerance import assert_bit_equal
 cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
 
 ROWS, LENGTHS = 40, (11, 1, 17, 5)
+REAL = sum(LENGTHS)
 
 
 @pytest.fixture
@@ -27,10 +28,45 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(attention_cudnn, "_on_hopper", lambda: True)
 
 
-def emulated(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type,
-             sliding_window_length, qkv_layout):  # fmt: skip
-    assert qkv_layout == "BTNH" and mask_type is cudnn.MaskType.PADDING_CAUSAL
-    q, k, v, first, length = q[0], k[0], v[0], q_offsets[0, :-1, None], q_seqlen[0, :, None]
+class Emulator:
+    """Stands in for cuDNN's two primitives; keeps what it was asked for."""
+
+    def __init__(self):
+        self.pages, self.statistics = 0, ()
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(cudnn, "_dot_product_attention_fwd_p", Primitive(self.forward))
+        monkeypatch.setattr(cudnn, "_dot_product_attention_bwd_p", Primitive(self.backward))
+        return self
+
+    def forward(self, q, k, v, *rest, is_training, **parameters):
+        assert is_training
+        self.pages, per_page = rest[1].shape
+        self.statistics = (self.pages * per_page, q.shape[2], q.shape[1])
+        return attended(q, k, v, *rest, **parameters), jnp.zeros(self.statistics, jnp.float32)
+
+    def backward(self, q, k, v, *rest, **parameters):
+        *rest, statistics, out, dout = rest
+        assert statistics.shape == self.statistics and out.shape == dout.shape
+        return jax.vjp(lambda *x: attended(*x, *rest, **parameters), q, k, v)[1](dout)
+
+
+class Primitive:
+    def __init__(self, function):
+        self.bind = function
+
+
+def attended(q, k, v, bias, q_lengths, k_lengths, q_offsets, k_offsets, *_, scale, seed,
+             dropout_rate, variadic_args, mask_type, layout, sliding_window_length):  # fmt: skip
+    assert layout == cudnn.AttentionLayout.BTNH.value and not any(variadic_args)
+    assert mask_type is cudnn.MaskType.PADDING_CAUSAL and dropout_rate == 0
+    assert q_offsets.shape == (q.shape[0], q_lengths.shape[1] + 1)
+    longest, shape = q.shape[1], q.shape
+    count = q_lengths.size
+    length = jnp.minimum(q_lengths.reshape(-1, 1), longest)  # rows beyond are not looked at
+    first = (q_offsets.reshape(-1)[:count] // (q.shape[2] * q.shape[3]))[:, None]
+    assert jnp.issubdtype(k_offsets.dtype, jnp.integer) and k_lengths.shape == q_lengths.shape
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     rows = jnp.arange(q.shape[0])
     member = (rows >= first) & (rows < first + length)
     visible = jnp.einsum("mq,mk->qk", member.astype(int), member.astype(int)) > 0
@@ -41,7 +77,7 @@ def emulated(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask
     k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
     scores = jnp.einsum("qhd,khd->hqk", q, k).astype(jnp.float32) * scale
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("hqk,khd->qhd", weights, v)[None]
+    return jnp.einsum("hqk,khd->qhd", weights, v).reshape(shape)
 
 
 def random_inputs(rng, rows=ROWS, dtype=jnp.bfloat16):
@@ -49,18 +85,18 @@ def random_inputs(rng, rows=ROWS, dtype=jnp.bfloat16):
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
-def value_and_gradients(q, k, v, dout, segments, **options):
+def value_and_gradients(q, k, v, dout, segments, rows=REAL, **options):
     @jax.jit
     def run(q, k, v, dout, segments):
         out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, **options), q, k, v)
         return (out, *pull(dout))
 
-    return [x[: sum(LENGTHS)] for x in run(q, k, v, dout, segments)]
+    return [x[:rows] for x in run(q, k, v, dout, segments)]
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 4, "scale": 0.7}])
 def test_asks_for_the_same_attention_as_xla(rng, on_hopper, monkeypatch, options):
-    monkeypatch.setattr(cudnn, "dot_product_attention", emulated)
+    Emulator().install(monkeypatch)
     _, segments = packed(LENGTHS, ROWS)
     inputs = random_inputs(rng)
     for ours, theirs in zip(
@@ -73,10 +109,33 @@ def test_asks_for_the_same_attention_as_xla(rng, on_hopper, monkeypatch, options
         )
 
 
+@pytest.mark.parametrize("longest, pages", [(None, 1), (257, 1), (256, 2), (17, 2)])
+def test_a_bound_of_the_lengths_cuts_the_row_into_pages(
+    rng, on_hopper, monkeypatch, longest, pages
+):
+    """Samples lie across the pages' borders; too small a bound cuts samples off (control)."""
+    emulator = Emulator().install(monkeypatch)
+    lengths = (200, 100, 150, 10)
+    _, segments = packed(lengths, 512)
+    segments = segments._replace(demands=Demands(longest=longest))
+    inputs = random_inputs(rng, 512)
+    ours = value_and_gradients(*inputs, segments, sum(lengths), implementation="cudnn")
+    assert emulator.pages == pages and emulator.statistics[2] == 512 // pages
+    assert emulator.statistics[0] >= len(lengths) + 1
+    theirs = value_and_gradients(*inputs, segments, sum(lengths), implementation="xla")
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(
+            np.float32(a), np.float32(b), atol=4e-2 * float(jnp.abs(b).max())
+        )
+    monkeypatch.setattr(attention_cudnn, "num_pages", lambda rows, longest: 4)
+    cut = value_and_gradients(*inputs, segments, sum(lengths), implementation="cudnn")[0]
+    assert not np.allclose(np.float32(cut), np.float32(theirs[0]), atol=0.1)
+
+
 @pytest.mark.parametrize("where", range(4))
 def test_guard_keeps_neighbours_apart(rng, on_hopper, monkeypatch, where):
     """No bit of a sample changes, whatever its neighbours hold, and a bad sample shows."""
-    monkeypatch.setattr(cudnn, "dot_product_attention", emulated)
+    Emulator().install(monkeypatch)
     _, segments = packed(LENGTHS, ROWS)
     inputs = list(random_inputs(rng))
     clean = value_and_gradients(*inputs, segments, implementation="cudnn")
@@ -90,7 +149,7 @@ def test_guard_keeps_neighbours_apart(rng, on_hopper, monkeypatch, where):
 
 def test_wrong_offsets_would_be_seen(rng, on_hopper, monkeypatch):
     """Control: samples that see one another do not compare equal."""
-    monkeypatch.setattr(cudnn, "dot_product_attention", emulated)
+    Emulator().install(monkeypatch)
     _, segments = packed(LENGTHS, ROWS)
     _, joined = packed((12, 22), ROWS)
     inputs = random_inputs(rng)
@@ -137,9 +196,6 @@ def test_refused_without_a_gpu(rng):
 @pytest.mark.parametrize("heads, width, window", [((32, 8), 128, None), ((9, 3), 64, 512)])
 def test_lowers_for_cuda(on_hopper, monkeypatch, heads, width, window):
     """Forward and backward, with the program's own names of cuDNN's calls in it."""
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 92000)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     q, k, where = shapes(heads=heads, width=width)
 
     def run(q, k, v, dout, segments):

@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.train.batch import num_segments, pack, segment_bucket
+from lorafusion_jax.train.batch import longest_bucket, num_segments, pack, segment_bucket
+from lorafusion_sched import Microbatch, Sample, Stretch
 from pallas_kernels import row_keys
 from tests.train.tiny import CAPACITY, TILE, TinyJob, dataset, plan_jobs
 
@@ -10,9 +11,10 @@ JOBS = [TinyJob("a", dataset(1, 12), 4), TinyJob("b", dataset(2, 10), 5)]
 SLOTS = {"a": 2, "b": 0}
 
 
-def packed(microbatch, names=("a", "b"), segments=32):
+def packed(microbatch, names=("a", "b"), segments=32, longest=None):
     rows = {job.name: job.rows(SLOTS[job.name]) for job in JOBS if job.name in names}
-    return pack(microbatch, rows, tile=TILE, num_slots=3, max_segments=segments)
+    sizes = {"tile": TILE, "num_slots": 3, "max_segments": segments, "longest": longest}
+    return pack(microbatch, rows, **sizes)
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -113,3 +115,29 @@ def test_segment_bucket_is_a_power_of_two_that_fits():
     assert bucket >= max(map(num_segments, microbatches))
     for microbatch in microbatches:
         packed(microbatch, segments=bucket)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b",), ()])
+def test_no_segment_is_longer_than_the_bound(names):
+    """Runs of padding are cut, whole dropped jobs among them, and the bucket has room for all."""
+    for microbatch in plan_jobs(JOBS):
+        longest = max(s.length for stretch in microbatch.stretches for s in stretch.samples)
+        bound = num_segments(microbatch, longest)
+        batch, _ = packed(microbatch, names, bound, longest)
+        assert np.diff(batch.segment_offsets).max() <= longest < CAPACITY
+        assert batch.longest.rows == longest
+
+
+def test_a_sample_above_the_bound_is_an_error():
+    microbatch = plan_jobs(JOBS)[0]
+    with pytest.raises(AssertionError, match="longest=2"):
+        packed(microbatch, segments=64, longest=2)
+
+
+def test_longest_bucket_is_a_power_of_two_that_fits():
+    def of(length):
+        stretch = Stretch("a", 0, (Sample(0, 0, length),), ends=True)
+        return longest_bucket([Microbatch((stretch,), 4096)])
+
+    assert [of(n) for n in (1, 256, 257, 1024, 1025)] == [256, 256, 512, 1024, 2048]
+    assert longest_bucket([]) == 256
