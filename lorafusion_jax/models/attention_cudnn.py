@@ -85,7 +85,8 @@ def attend(
     lengths = jnp.diff(offsets)[: pages * per_page].reshape(pages, per_page)
     where = (lengths, offsets.reshape(pages, per_page + 1))
     q, k, v = (x.reshape(pages, rows // pages, *x.shape[1:]) for x in (q, k, v))
-    return _packed(scoring, q, k, v, where).reshape(rows, *q.shape[2:])
+    out = _packed(scoring, q, k, v, where)
+    return jnp.asarray(out).reshape(rows, *q.shape[2:])
 
 
 def num_pages(rows: int, longest: int) -> int:
