@@ -36,7 +36,7 @@ from lorafusion_jax.parallel.convert import make_names
 from lorafusion_jax.parallel.layout import even_layout
 from lorafusion_jax.parallel.mesh import make_mesh
 from lorafusion_jax.parallel.pipeline import Order, Pipeline
-from lorafusion_jax.parallel.stage import StageModel
+from lorafusion_jax.parallel.stage import StageModel, policies_at
 from lorafusion_jax.parallel.state import StreamState, bank_shapes, mesh_sizes
 from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
 from lorafusion_jax.parallel.weights import Frozen, random_weights
@@ -132,8 +132,9 @@ def make_bench(
     names = make_names(layout, paths)
     residuals = "recompute" if remat == "recompute" else "save"
     policy = "none" if remat == "recompute" else remat
+    policies = policies_at(policy, layout.places)  # pyright: ignore[reportArgumentType]
     width = jnp.dtype(dtype)
-    model = StageModel(config, width, layout.places, names.places, residuals, policy)  # pyright: ignore[reportArgumentType]
+    model = StageModel(config, width, layout.places, names.places, residuals, policies)
     chunk = loss_chunk(-(-config.vocab_size // stages), capacity)
     pipeline = Pipeline(mesh, model, layout.first, order, chunk)
     frozen = random_weights(config, width, layout, mesh, 0)

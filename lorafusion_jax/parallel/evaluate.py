@@ -21,6 +21,7 @@ from lorafusion_jax.parallel.stream import put_global
 from lorafusion_jax.parallel.weights import Frozen, frozen_specs
 from lorafusion_jax.train.batch import PackedBatch
 from lorafusion_jax.train.loss import TokenLosses
+from lorafusion_jax.train.programs import REPEATABLE
 
 _LOSSES: PyTree = PartitionSpec(None, DATA)
 
@@ -118,4 +119,5 @@ class ForwardPipeline:
 
 @cache
 def _program(forward: ForwardPipeline) -> Callable[..., TokenLosses]:
-    return jax.jit(forward._run)
+    options = REPEATABLE if forward.pipeline.model.deterministic else None
+    return jax.jit(forward._run, compiler_options=options)

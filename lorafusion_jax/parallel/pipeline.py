@@ -38,7 +38,7 @@ from lorafusion_jax.lora.bank import AdapterBank, mask_gradients
 from lorafusion_jax.models.decoder import scaled_embedding
 from lorafusion_jax.parallel import vocabulary
 from lorafusion_jax.parallel.mesh import DATA, PER_RANK, REPLICATED, STAGE
-from lorafusion_jax.parallel.stage import LayerWeights, StageModel, apply_final_norm
+from lorafusion_jax.parallel.stage import LayerWeights, StageModel, apply_final_norm, put_at
 from lorafusion_jax.parallel.state import (
     Flow,
     StreamState,
@@ -205,9 +205,8 @@ class DeviceProgram:
         head_gradient = self.sum_stages(flow.head_gradient)
         flow, y = self.forward(state, t)
         activation, hidden = self.send_up(y), self.from_last(y)
-        pulled = self.through_norm(head_gradient, flow.hidden)
         state = state._replace(flow=flow)
-        state, dx = self.backward(state, t, jnp.where(self.is_last, pulled, gradient))
+        state, dx = self.backward(state, t, gradient, head_gradient)
         state, report = self.update(state, t)
         sums, part = self.head(state.sums, t, hidden)
         flow = state.flow._replace(
@@ -221,9 +220,7 @@ class DeviceProgram:
 
     def tick_bfh(self, state: StreamState, t):
         """Backward, update, forward, head: one slot less between batches, exchanges in the open."""
-        pulled = self.through_norm(state.flow.head_gradient, state.flow.hidden)
-        dy = jnp.where(self.is_last, pulled, state.flow.gradient)
-        state, dx = self.backward(state, t, dy)
+        state, dx = self.backward(state, t, state.flow.gradient, state.flow.head_gradient)
         gradient = self.send_down(dx)
         state, report = self.update(state, t)
         flow, y = self.forward(state, t)
@@ -255,11 +252,10 @@ class DeviceProgram:
         def run(inputs, saved, versions):
             rest = (*args, self.model.inputs(row.batch, bank, train=True), self.first_layer)
             if self.model.residuals == "save":
-                y, new = self.model.forward_saving(x, *rest)
-                saved = [_put(ring, v, at) for ring, v in zip(saved, new, strict=True)]
+                y, saved = self.model.forward_saving(saved, at, x, *rest)
             else:
                 y = self.model.forward(x, *rest)
-            return y, _put(inputs, x, at), saved, _put(versions, state.version, at)
+            return y, put_at(inputs, x, at), saved, put_at(versions, state.version, at)
 
         def skip(inputs, saved, versions):
             return x, inputs, saved, versions
@@ -270,24 +266,31 @@ class DeviceProgram:
         stale = flow.stale.at[0].add(wrong.sum())
         return flow._replace(inputs=inputs, saved=saved, versions=versions, stale=stale), y
 
-    def backward(self, state: StreamState, t, dy) -> tuple[StreamState, Array]:
-        """Runs this stage's backward of slot t - lag + s and adds up its gradients."""
+    def backward(self, state: StreamState, t, gradient, head_gradient) -> tuple[StreamState, Array]:
+        """Runs this stage's backward of slot t - lag + s and adds up its gradients.
+
+        What arrived is first touched inside the conditional: so its journey may last until there.
+        """
         slot, flow, bank = t - self.pipeline.lag + self.stage, state.flow, state.bank
         row, at = self.row(slot), slot % self.pipeline.ring
 
-        def run(grads, inputs, saved):
+        def run(grads, inputs, saved, gradient, head_gradient, hidden):
+            pulled = self.through_norm(head_gradient, hidden)
+            dy = jnp.where(self.is_last, pulled, gradient)
             rest = (self.layers, self.model.inputs(row.batch, bank, train=True), self.first_layer)
             args = (inputs[at], {"a": bank.a, "b": bank.b}, *rest)
             if self.model.residuals == "save":
-                dx, new = self.model.backward_saved([ring[at] for ring in saved], dy, *args)
+                dx, new = self.model.backward_saved(saved, at, dy, *args)
             else:
                 dx, new = self.model.backward_recomputing(dy, *args)
             return dx, jax.tree.map(lambda g, d: g + d.astype(g.dtype), grads, new)
 
-        def skip(grads, inputs, saved):
-            return jnp.zeros_like(dy), grads
+        def skip(grads, inputs, saved, gradient, *_):
+            return jnp.zeros_like(gradient), grads
 
-        dx, grads = lax.cond(row.valid, run, skip, state.sums.grads, flow.inputs, flow.saved)
+        arrived = (gradient, head_gradient, flow.hidden)
+        rings = (flow.inputs, flow.saved)
+        dx, grads = lax.cond(row.valid, run, skip, state.sums.grads, *rings, *arrived)
         moved = (row.expected >= 0) & (flow.versions[at] != state.version) & row.valid
         flow = flow._replace(stale=flow.stale.at[1].add(moved.sum()))
         return state._replace(sums=state.sums._replace(grads=grads), flow=flow), dx
@@ -393,7 +396,7 @@ class DeviceProgram:
         def one(i, grads):
             part = jax.tree.map(lambda g: g[slots[i]], grads)
             whole = lax.psum(part, DATA)
-            return jax.tree.map(lambda g, new: _put(g, new, slots[i]), grads, whole)
+            return jax.tree.map(lambda g, new: put_at(g, new, slots[i]), grads, whole)
 
         return lax.fori_loop(0, jnp.count_nonzero(ended), one, grads)
 
@@ -413,14 +416,10 @@ class DeviceProgram:
         """The last stage's value, on all stages: the sum with zeros is exact."""
         if self.stages == 1:
             return x
-        if self.pipeline.mesh.devices.flat[0].platform == "gpu":
+        if self.pipeline.mesh.devices.flat[0].platform != "cpu":
             return lax.pbroadcast(x, (STAGE,), self.stages - 1)
         return lax.psum(jnp.where(self.is_last, x, jnp.zeros_like(x)), STAGE)
 
     def sum_stages(self, x):
         """The sum over stages."""
         return x if self.stages == 1 else lax.psum(x, STAGE)
-
-
-def _put(ring: Array, value: Array, at) -> Array:
-    return lax.dynamic_update_index_in_dim(ring, value, at, 0)

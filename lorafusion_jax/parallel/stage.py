@@ -8,12 +8,13 @@ the schedule's row never enter the ring.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lorafusion_jax.lora.bank import AdapterBank, lora_context, multi_linears
@@ -36,6 +37,9 @@ type Residuals = Literal["save", "recompute"]
 type LayerWeights = dict[str, Array]
 """Frozen arrays of one layer by their path inside it."""
 
+type Rings = list[list[Array]]
+"""What layers keep of several microbatches: of each place, arrays with a leading ring axis."""
+
 
 class RowInputs(NamedTuple):
     """What layers need to know of a microbatch beside its hidden states."""
@@ -56,7 +60,7 @@ class StageModel:
         places: layer places of a stage.
         place_paths: modules with adapters (`Layout.place_paths`).
         residuals: what waits for the backward.
-        remat: with `save`, what each layer computes again rather than keep.
+        remat: what each layer place computes again in the backward rather than keep.
         deterministic: take only what repeats its bits.
     """
 
@@ -65,7 +69,7 @@ class StageModel:
     places: int
     place_paths: tuple[str, ...]
     residuals: Residuals
-    remat: Remat
+    remat: tuple[Remat, ...]
     deterministic: bool = False
 
     @cached_property
@@ -91,42 +95,81 @@ class StageModel:
         weights: Sequence[LayerWeights],
         inputs: RowInputs,
         first_layer: Int[Array, ""],
-        *,
-        remat: Remat = "none",
     ) -> Float[Array, "C d"]:
         """Runs the layers of a stage."""
         for place in range(self.places):
-            layer = self._merge(place, weights[place], adapters, inputs.ratios)
-            number = first_layer + place
-            view = traced_view(self.config, inputs.rotary, number)
-            site = layer_site(number)
-            x = run_layer(layer, x, view, inputs.segments, inputs.context, site, remat=remat)
+            part = self._adapters_at(place, adapters)
+            x = self._run(place, "none", x, part, weights[place], inputs, first_layer + place)
         return x
 
-    def forward_saving(self, *args) -> tuple[Float[Array, "C d"], list[Array]]:
-        """Runs `forward`; returns also what must wait for the backward."""
-        y, pullback = self._vjp(*args)
-        return y, pullback.opaque_residuals
+    def forward_saving(
+        self,
+        rings: Rings,
+        at: Int[Array, ""],
+        x: Float[Array, "C d"],
+        adapters: Adapters,
+        weights: Sequence[LayerWeights],
+        inputs: RowInputs,
+        first_layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "C d"], Rings]:
+        """Runs `forward`; puts what waits for the backward into the rings, at a place of theirs."""
+        filled = []
+        for place, ring in enumerate(rings):
+            part = self._adapters_at(place, adapters)
+            args = (x, part, weights[place], inputs, first_layer + place)
+            x, pullback = self._vjp(place, *args)
+            kept = pullback.opaque_residuals
+            ring = [put_at(whole, one, at) for whole, one in zip(ring, kept, strict=True)]
+            # XLA takes a write for a new ring and puts it off: without the barrier what all layers
+            # keep exists twice at the end of the forward.
+            x, ring = lax.optimization_barrier((x, ring))
+            filled.append(ring)
+        return x, filled
 
-    def backward_saved(self, saved: list[Array], dy: Float[Array, "C d"], *args):
+    def backward_saved(
+        self,
+        rings: Rings,
+        at: Int[Array, ""],
+        dy: Float[Array, "C d"],
+        x: Float[Array, "C d"],
+        adapters: Adapters,
+        weights: Sequence[LayerWeights],
+        inputs: RowInputs,
+        first_layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "C d"], Adapters]:
         """Returns the gradients of input and adapters from what `forward_saving` kept."""
-        # Traced for its structure only: what it computes is not used.
-        pullback = jax.eval_shape(self._vjp, *args)[1]
-        pullback.opaque_residuals = saved
-        pullback.args_res = list(args)
-        return pullback(dy)[:2]
+        grads: Adapters = {"a": {}, "b": {}}
+        for place in reversed(range(self.places)):
+            part = self._adapters_at(place, adapters)
+            args = (x, part, weights[place], inputs, first_layer + place)
+            # Traced for its structure only: what it computes is not used.
+            pullback = jax.eval_shape(partial(self._vjp, place), *args)[1]
+            # As above: reads of all layers would come first.
+            dy, ring = lax.optimization_barrier((dy, rings[place]))
+            pullback.opaque_residuals = [whole[at] for whole in ring]
+            # The stage's input stands for that of any layer: only the first one needs its value.
+            pullback.args_res = list(args)
+            dy, found = pullback(dy)[:2]
+            grads = {side: grads[side] | found[side] for side in grads}
+        return dy, grads
 
-    def backward_recomputing(self, dy: Float[Array, "C d"], x, adapters, *rest):
+    def backward_recomputing(
+        self, dy: Float[Array, "C d"], x, adapters, weights, inputs, first_layer
+    ) -> tuple[Float[Array, "C d"], Adapters]:
         """Returns the gradients of input and adapters, computing the forward again."""
 
         def forward(x, adapters):
-            return self.forward(x, adapters, *rest, remat=self.remat)
+            for place in range(self.places):
+                part = self._adapters_at(place, adapters)
+                args = (x, part, weights[place], inputs, first_layer + place)
+                x = self._run(place, self.remat[place], *args)
+            return x
 
         return jax.vjp(forward, x, adapters)[1](dy)
 
     def saved_shapes(
         self, batch: PackedBatch, bank: AdapterBank
-    ) -> tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]:
+    ) -> tuple[jax.ShapeDtypeStruct, list[list[jax.ShapeDtypeStruct]]]:
         """Returns the hidden states of one microbatch, and what must wait for its backward.
 
         Args:
@@ -134,26 +177,54 @@ class StageModel:
             bank: adapters of a stage, or their shapes.
         """
         hidden = jax.ShapeDtypeStruct((*batch.tokens.shape, self.config.hidden_size), self.dtype)
-        weights = [layer_shapes(self.config, self.dtype)] * self.places
-
-        first_layer = jax.ShapeDtypeStruct((), jnp.int32)
-
-        def keep(x, weights, batch, bank, first_layer):
-            adapters, inputs = {"a": bank.a, "b": bank.b}, self.inputs(batch, bank, train=True)
-            return self.forward_saving(x, adapters, weights, inputs, first_layer)[1]
-
         if self.residuals == "recompute":
             return hidden, []
-        return hidden, jax.eval_shape(keep, hidden, weights, batch, bank, first_layer)
+        weights = layer_shapes(self.config, self.dtype)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def _vjp(self, *args) -> tuple[Array, Any]:
-        def forward(*args):
-            return self.forward(*args, remat=self.remat)
+        def keep(place, x, weights, batch, bank, number):
+            part = self._adapters_at(place, {"a": bank.a, "b": bank.b})
+            inputs = self.inputs(batch, bank, train=True)
+            return self._vjp(place, x, part, weights, inputs, number)[1].opaque_residuals
 
+        return hidden, [
+            jax.eval_shape(partial(keep, place), hidden, weights, batch, bank, number)
+            for place in range(self.places)
+        ]
+
+    def _vjp(self, place: int, *args) -> tuple[Array, Any]:
+        """One layer's output and its pullback."""
         # Arguments leave holes among the residuals, to be filled by the backward; jax knows them by
-        # identity, so each layer's weights must be arrays of their own.
+        # identity, so each layer's weights must be arrays of their own. The first layer's input is
+        # in the ring of the stage's inputs.
+        saveable = (place > 0, False, False, False, False)
         moving = (True, True, False, False, False)
-        return jax.vjp(forward, *args, saveable_args=(False,) * 5, in_nzs=moving)
+        layer = partial(self._run, place, self.remat[place])
+        return jax.vjp(layer, *args, saveable_args=saveable, in_nzs=moving)
+
+    def _run(
+        self,
+        place: int,
+        remat: Remat,
+        x: Float[Array, "C d"],
+        adapters: Adapters,
+        weights: LayerWeights,
+        inputs: RowInputs,
+        number: Int[Array, ""],
+    ) -> Float[Array, "C d"]:
+        """Runs the layer at a place; `number` is that of the whole model."""
+        layer = self._merge(place, weights, adapters, inputs.ratios)
+        view = traced_view(self.config, inputs.rotary, number)
+        site = layer_site(number)
+        return run_layer(layer, x, view, inputs.segments, inputs.context, site, remat=remat)
+
+    def _adapters_at(self, place: int, adapters: Adapters) -> Adapters:
+        """The adapters of one layer place."""
+        start = f"layers.{place}."
+        return {
+            side: {path: stack for path, stack in stacks.items() if path.startswith(start)}
+            for side, stacks in adapters.items()
+        }
 
     def _merge(
         self, place: int, weights: LayerWeights, adapters: Adapters, ratios: dict[str, Array]
@@ -208,3 +279,13 @@ def apply_final_norm(
     structure = nnx.eval_shape(lambda: final_norm(config, dtype=weight.dtype))
     leaves: dict[tuple, nnx.Variable] = {("weight",): nnx.Param(weight)}
     return nnx.merge(nnx.split(structure)[0], nnx.from_flat_state(leaves))(x)
+
+
+def policies_at(remat: Remat | Sequence[Remat], places: int) -> tuple[Remat, ...]:
+    """Returns the policy of each layer place; one policy stands for all of them."""
+    return (remat,) * places if isinstance(remat, str) else tuple(remat)
+
+
+def put_at(ring: Array, value: Array, at) -> Array:
+    """Returns a ring with another value at a place."""
+    return lax.dynamic_update_index_in_dim(ring, value, at, 0)

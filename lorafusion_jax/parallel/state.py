@@ -38,7 +38,7 @@ class Flow(NamedTuple):
 
     Attributes:
         inputs: ring of this stage's inputs.
-        saved: rings of residuals, empty when they are recomputed.
+        saved: rings of residuals by layer place, empty when they are recomputed.
         versions: ring of the adapters' versions that the forward used.
         activation: what the stage before sent.
         gradient: what the stage after sent.
@@ -50,7 +50,7 @@ class Flow(NamedTuple):
     """
 
     inputs: Float[Array, "R C d"]
-    saved: list[Array]
+    saved: list[list[Array]]
     versions: Int[Array, "R slots"]
     activation: Float[Array, "C d"]
     gradient: Float[Array, "C d"]
@@ -111,7 +111,7 @@ def zero_state(
     optimizers: tuple[str, ...],
     ring: int,
     hidden: jax.ShapeDtypeStruct,
-    saved: list[jax.ShapeDtypeStruct],
+    saved: list[list[jax.ShapeDtypeStruct]],
 ) -> StreamState:
     """Makes the state of free slots and an empty pipeline, each device its own part.
 
@@ -121,7 +121,7 @@ def zero_state(
         optimizers: names in use.
         ring: microbatches that the rings hold.
         hidden: hidden states of one microbatch.
-        saved: residuals of one microbatch.
+        saved: residuals of one microbatch by layer place.
     """
 
     def local() -> StreamState:
@@ -155,13 +155,13 @@ def bank_shapes(
 def _empty_flow(
     ring: int,
     hidden: jax.ShapeDtypeStruct,
-    saved: list[jax.ShapeDtypeStruct],
+    saved: list[list[jax.ShapeDtypeStruct]],
     num_slots: int,
 ) -> Flow:
     zeros = jnp.zeros(hidden.shape, hidden.dtype)
     return Flow(
         inputs=jnp.zeros((ring, *hidden.shape), hidden.dtype),
-        saved=[jnp.zeros((ring, *s.shape), s.dtype) for s in saved],
+        saved=jax.tree.map(lambda s: jnp.zeros((ring, *s.shape), s.dtype), saved),
         versions=jnp.zeros((ring, num_slots), jnp.int32),
         activation=zeros,
         gradient=zeros,

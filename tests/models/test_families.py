@@ -156,7 +156,7 @@ def test_one_program_runs_whichever_layer(name, tmp_path):
     base = load_base(write_family(tmp_path, name))
     layers, config = base.model.model.layers, base.config
     positions, segments = packed(LENGTHS, ROWS)
-    stage = StageModel(config, jnp.dtype("float32"), 1, (), "save", "none")
+    stage = StageModel(config, jnp.dtype("float32"), 1, (), "save", ("none",))
 
     @jax.jit
     def run(x, weights, number):

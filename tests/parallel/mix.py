@@ -15,7 +15,7 @@ from lorafusion_jax.parallel.layout import Layout, even_layout
 from lorafusion_jax.parallel.loading import place_base
 from lorafusion_jax.parallel.mesh import make_mesh
 from lorafusion_jax.parallel.pipeline import Pipeline
-from lorafusion_jax.parallel.stage import StageModel
+from lorafusion_jax.parallel.stage import StageModel, policies_at
 from lorafusion_jax.parallel.state import StreamState, bank_shapes
 from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
 from lorafusion_jax.parallel.weights import Frozen
@@ -228,7 +228,7 @@ class OnMesh:
     stage: int
     order: str = "fbh"
     residuals: str = "save"
-    remat: str = "none"
+    remat: str | tuple[str, ...] = "none"
     layers: tuple[int, ...] | None = None
     axis_kind: str = "auto"
 
@@ -245,7 +245,12 @@ class OnMesh:
         self.names: Names = make_names(layout, module_paths(self.base, self.mix))
         dtype = self.base.model.head_weight().dtype
         model = StageModel(
-            config, dtype, layout.places, self.names.places, self.residuals, self.remat
+            config,
+            dtype,
+            layout.places,
+            self.names.places,
+            self.residuals,
+            policies_at(self.remat, layout.places),
         )
         self.pipeline = Pipeline(self.mesh, model, layout.first, self.order, 16)
         self.frozen: Frozen = place_base(self.base, layout, self.mesh)
