@@ -127,17 +127,19 @@ def test_env_names_versions_and_device(lorafusion):
     assert code == 0 and "jax " in out and "device" in out
 
 
-def test_compiled_programs_are_kept_in_the_cache_folder(tmp_path):
-    """A second process takes what the first one compiled."""
+@pytest.mark.parametrize(("devices", "kept"), [(1, True), (2, False)])
+def test_compiled_programs_are_kept_in_the_cache_folder(tmp_path, devices, kept):
+    """Not on several CPU devices, where a program from the cache once crashed."""
     code = (
         "from lorafusion_jax.cli.session import start_jax; start_jax();"
         "import jax; jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
         "jax.jit(lambda x: x * 2 + 1)(1.0).block_until_ready()"
     )
     env = CHILD | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
-    assert list((tmp_path / "lorafusion-jax/compiled").iterdir())
+    assert bool(list(tmp_path.glob("lorafusion-jax/compiled/*"))) == kept
 
 
 class TestCheck:
