@@ -90,7 +90,7 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
     headings += ("r", "modules", "parameters")
     print_table(headings, [_job_row(job, parameters[job.name]) for job in ready.jobs])
     print(packing_line(ready))
-    trained = bytes_text(_BYTES_PER_PARAMETER * sum(parameters.values()))
+    trained = bytes_text(_BYTES_PER_PARAMETER * bank_parameters(ready))
     print(
         f"memory   base {bytes_text(base_bytes)}, adapters with optimizer state {trained}, "
         "and working memory that `train` prints once it has compiled"
@@ -110,6 +110,16 @@ def shown_sample(job: "TrainJob", tokenizer) -> list[tuple[bool, str]]:
             parts.append((bool(learnt), []))
         parts[-1][1].append(int(token))
     return [(learnt, tokenizer.decode(ids)) for learnt, ids in parts]
+
+
+def bank_parameters(ready: Prepared) -> int:
+    """Returns the parameters of all slots: each has room for the largest rank and all modules."""
+    from lorafusion_jax.lora.bank import multi_linears
+
+    linears = multi_linears(ready.base.model)
+    paths = {path for job in ready.jobs for path in job.targets}
+    widths = sum(linears[path].in_features + linears[path].out_features for path in paths)
+    return ready.schedule.num_slots * max(job.max_rank for job in ready.jobs) * widths
 
 
 def _parameters(base: "Base", job: "TrainJob") -> int:

@@ -149,7 +149,7 @@ class Screen:
         name, steps, loss, held_out, speed, _ = line.cells()
         text = f"{name}  step {steps}  loss {loss}  eval {held_out}"
         text += f"  {speed} tok/s" if speed else ""
-        return text + self._eta()
+        return text if line.step == line.total else text + self._eta()
 
     def _eta(self) -> str:
         return "" if self.eta_s is None else f"  ETA {duration(self.eta_s)}"

@@ -360,12 +360,13 @@ class Run:
         self._place_rows()
         self._outcomes.follow(schedule)
         self._load_hyper()
-        self.listener(
-            Notice(
-                f"the rest is planned anew: {left - self.cursor} microbatches are left instead "
-                f"of {before - self.cursor}"
+        if before > self.cursor:  # else the old plan ran out before the new one was there
+            self.listener(
+                Notice(
+                    f"the rest is planned anew: {left - self.cursor} microbatches are left instead "
+                    f"of {before - self.cursor}"
+                )
             )
-        )
 
     def _make_room(self, schedule: Schedule) -> None:
         """Sets what is static of the samples' lengths; it only grows, so that programs are kept."""

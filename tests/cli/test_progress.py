@@ -81,12 +81,17 @@ def test_plain_lines_are_rate_limited_and_end_with_the_last_step(progress, clock
     assert "100 tok/s" in lines[-1]
 
 
-def test_eta_comes_from_microbatches(progress, clock):
+def test_eta_comes_from_microbatches(progress, clock, capsys):
     progress(planned())
     for index in range(5):
         clock.now = 2.0 * index
         progress(events.MicrobatchDone(index, 20, 100, 128))
     assert progress._screen.eta_s == pytest.approx(2.0 * 15)
+    clock.now = 30.0
+    progress(step(n=3))
+    progress(step(n=4))  # the job's last: the time left is not its own
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("ETA 0:30") and "ETA" not in lines[-1]
 
 
 def test_the_total_rate_is_of_the_whole_run(clock, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import pytest
 
 from lorafusion_jax import cli, errors
 from lorafusion_jax.cli import status
+from lorafusion_jax.cli.progress import bytes_text
 from lorafusion_jax.config import load_config
 
 COMMANDS = """
@@ -153,6 +154,8 @@ class TestCheck:
         assert numbers.split()[1:4] == ["8", "2", "4"]
         per_layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
         assert numbers.split()[-3:] == ["4", "14", f"{4 * 2 * per_layer:,}"]
+        bank = bytes_text(16 * 3 * 4 * 2 * per_layer)  # 3 slots with room for the largest rank
+        assert f"adapters with optimizer state {bank}" in out
         assert "given   'German for" in out and "learnt" in out
         assert sorted(project.parent.rglob("*")) == before
 
