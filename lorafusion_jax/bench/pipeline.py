@@ -40,7 +40,7 @@ from lorafusion_jax.parallel.stage import StageModel, policies_at
 from lorafusion_jax.parallel.state import StreamState, bank_shapes, mesh_sizes
 from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
 from lorafusion_jax.parallel.weights import Frozen, random_weights
-from lorafusion_jax.train.batch import JobRows, segment_bucket
+from lorafusion_jax.train.batch import JobRows, longest_bucket, segment_bucket
 from lorafusion_jax.train.optimizer import OPTIMIZERS, Hyper
 from lorafusion_jax.train.step import loss_chunk
 from lorafusion_sched import (
@@ -170,8 +170,9 @@ def planned(system: str, jobs: Sequence[Job], bench: Bench) -> Plan:
     return (megatron if system == "megatron" else mlora)(problem, samples=largest)
 
 
-def slots_of(whole: Plan, jobs: Sequence[Job], bench: Bench, segments: int) -> list[Slot]:
+def slots_of(whole: Plan, jobs: Sequence[Job], bench: Bench) -> list[Slot]:
     """Packs all slots of a plan."""
+    longest = longest_bucket(whole.microbatches)
     rows = {
         job.name: JobRows(
             number,
@@ -188,7 +189,8 @@ def slots_of(whole: Plan, jobs: Sequence[Job], bench: Bench, segments: int) -> l
             capacity=bench.capacity,
             tile=bench.tile,
             num_slots=bench.adapters,
-            max_segments=segments,
+            max_segments=segment_bucket(whole.microbatches, longest),
+            longest=longest,
         )
         for i in range(0, len(whole.microbatches), whole.width)
     ]
@@ -271,8 +273,7 @@ def measure(
 ) -> Row:
     """Runs one system's plan and returns its figures; writes its Gantt pages."""
     whole = planned(system, jobs, bench)
-    segments = segment_bucket(whole.microbatches)
-    slots = slots_of(whole, jobs, bench, max(segments, 16))
+    slots = slots_of(whole, jobs, bench)
     data, stages = mesh_sizes(bench.pipeline.mesh)
     run_stream(bench, bench.state(slots[0]), slots[:2])  # compiles
     state, ends = run_stream(bench, bench.state(slots[0]), slots)

@@ -128,10 +128,12 @@ class MeshRun(Run):
         super().save()
 
     def _swap_plan(self) -> None:
-        before = self.schedule
+        before, sizes = self.schedule, (self._segments, self._longest)
         super()._swap_plan()
         if self.schedule is not before:
             self._follow()
+            if sizes != (self._segments, self._longest):  # of the rows on their way too
+                self._put()
 
     def _follow(self) -> None:
         """Takes over a plan: ends are reported once, whatever the number of ranks."""
@@ -205,6 +207,7 @@ class MeshRun(Run):
             tile=self.tile,
             num_slots=self._num_slots,
             max_segments=self._segments,
+            longest=self._longest,
         )
 
     def _call(self, slots: list[Slot]) -> None:

@@ -81,9 +81,10 @@ class StageModel:
 
     def inputs(self, batch: PackedBatch, bank: AdapterBank, *, train: bool) -> RowInputs:
         """Rebuilds from a schedule row what its layers need."""
+        demands = Demands(self.deterministic, batch.longest.rows)
         return RowInputs(
             rotary_tables(self.config, batch.positions),
-            Segments(batch.segment_start, batch.segment_offsets, Demands(self.deterministic)),
+            Segments(batch.segment_start, batch.segment_offsets, demands),
             lora_context(bank, batch.tile_adapter, batch.row_key, train=train),
             bank.ratios,
         )

@@ -1,6 +1,7 @@
 """From packed microbatches to the schedule rows that a chunk of ticks needs."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ def pack_slot(
     tile: int,
     num_slots: int,
     max_segments: int,
+    longest: int | None = None,
 ) -> Slot:
     """Packs one slot of a plan.
 
@@ -47,13 +49,19 @@ def pack_slot(
         tile: rows per tile.
         num_slots: adapter slots.
         max_segments: static number of segments.
+        longest: static bound of the samples' lengths.
     """
     batches, valid = [], np.zeros(len(microbatches), np.bool_)
     expected = np.full(num_slots, -1, np.int32)
     for rank, microbatch in enumerate(microbatches):
         widened = Microbatch(microbatch.stretches, capacity)
         batch, owners = pack(
-            widened, jobs, tile=tile, num_slots=num_slots, max_segments=max_segments
+            widened,
+            jobs,
+            tile=tile,
+            num_slots=num_slots,
+            max_segments=max_segments,
+            longest=longest,
         )
         batches.append(batch)
         valid[rank] = bool(owners)
@@ -73,6 +81,7 @@ def empty_slot(like: Slot) -> Slot:
         tile=capacity // like.batches[0].tile_adapter.shape[0],
         num_slots=like.ends.shape[0],
         max_segments=like.batches[0].segment_offsets.shape[0] - 1,
+        longest=like.batches[0].longest.rows,
     )
     return Slot(
         (batch,) * len(like.batches),
@@ -94,11 +103,17 @@ def window_of(slots: Sequence[Slot], mesh: Mesh) -> Window:
 
 
 def put_global(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """Puts host arrays that every process has whole on the mesh."""
+    """Puts host arrays that every process has whole on the mesh.
 
-    def put(array, spec):
+    Args:
+        tree: of arrays.
+        specs: how they lie; one spec may stand for a part of the tree.
+        mesh: to put them on.
+    """
+
+    def put(spec, array):
         array = np.asarray(array)
         sharding = NamedSharding(mesh, spec)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(put, tree, specs)
+    return jax.tree.map(lambda spec, part: jax.tree.map(partial(put, spec), part), specs, tree)
