@@ -18,7 +18,6 @@ from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import SMEM as SMEM
 from jax.experimental.pallas.mosaic_gpu import Barrier as Barrier
-from jax.experimental.pallas.mosaic_gpu import ClusterBarrier as ClusterBarrier
 from jax.experimental.pallas.mosaic_gpu import Layout as Layout
 from jax.experimental.pallas.mosaic_gpu import WGMMAAccumulatorRef as ACC
 from jax.experimental.pallas.mosaic_gpu import barrier_arrive as barrier_arrive
@@ -40,7 +39,6 @@ from jax.experimental.pallas.mosaic_gpu import wgmma_wait as wgmma_wait
 MEMORY_WARPGROUP = 2
 HOPPER = (9, 0)
 MMA_ACCUMULATOR = Layout.MMA_ACC(jnp.bfloat16)  # register layout of `mma`; the same for float16
-CLUSTER = "block_of_cluster"
 SMEM_BYTES = 232_448  # what one block may use on sm_90
 _MEMORY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 _H100_SMS = 132
@@ -207,46 +205,24 @@ class Ring:
         self.buffers, self.full, self.empty, self.stages = tuple(buffers), full, empty, stages
 
     @staticmethod
-    def barriers(stages: int, copies: int, consumers: int, cluster: int = 1) -> tuple:
-        """Types of the full and empty barriers, for scratch allocation.
-
-        In a cluster a slot is empty once the consumers of all its blocks released it: a copy may
-        write to the SMEM of the others.
-        """
-        full = Barrier(num_arrivals=copies, num_barriers=stages)
-        if cluster == 1:
-            return full, Barrier(num_arrivals=consumers, num_barriers=stages)
-        return full, ClusterBarrier(
-            collective_axes=(CLUSTER,), num_arrivals=consumers, num_barriers=stages
-        )
+    def barriers(stages: int, copies: int, consumers: int) -> tuple:
+        """Types of the full and empty barriers, for scratch allocation."""
+        return tuple(Barrier(num_arrivals=n, num_barriers=stages) for n in (copies, consumers))
 
     def slot(self, step):
         """The slot of a step."""
         return lax.rem(step, jnp.int32(self.stages))
 
-    def fill(self, step, sources: Sequence, shared: Sequence[bool] | None = None) -> None:
-        """Starts the copies of a step's sources into its slot, once that is free.
-
-        Args:
-            step: counts all steps of this block.
-            sources: one per buffer.
-            shared: which of them are the same for all blocks of the cluster: each block then
-                fetches a part and sends it to all.
-        """
+    def fill(self, step, sources: Sequence) -> None:
+        """Starts copies of a step's sources, one per buffer, into its slot once it is free."""
         slot = self.slot(step)
 
         @pl.when(step >= self.stages)
         def _():
             barrier_wait(self.empty.at[slot])
 
-        shared = shared or (False,) * len(self.buffers)
-        for source, buffer, to_all in zip(sources, self.buffers, shared, strict=True):
-            copy_gmem_to_smem(
-                source,
-                buffer.at[slot],
-                self.full.at[slot],
-                collective_axes=CLUSTER if to_all else None,
-            )
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
 
     def take(self, step) -> tuple:
         """Waits for a step's slot and returns its buffers."""
@@ -313,12 +289,8 @@ def launch(
     grid_names: tuple[str, ...],
     scratch: tuple,
     name: str,
-    cluster: int = 1,
 ) -> Callable:
-    """Returns a function that runs `body(*inputs, *outputs, *scratch)` on a grid of blocks.
-
-    With `cluster` > 1, `grid` counts clusters, and `axis_index(CLUSTER)` is a block's place in one.
-    """
+    """Returns a function that runs `body(*inputs, *outputs, *scratch)` on a grid of blocks."""
 
     def with_scratch(*refs):
         pl.run_scoped(lambda *allocated: body(*refs, *allocated), *scratch, collective_axes="wg")
@@ -328,8 +300,6 @@ def launch(
         out_type=out_type,
         grid=grid,
         grid_names=grid_names,
-        cluster=(cluster,) if cluster > 1 else (),
-        cluster_names=(CLUSTER,) if cluster > 1 else (),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -45,10 +45,6 @@ class GemmTiles:
         staged: pieces of 64 x 64 outputs that a warpgroup may have on their way to memory.
         minor: dimension of the outputs that neighbouring blocks walk along first.
         width: tiles in that dimension before the walk turns.
-        cluster: blocks, one below the other, that fetch each piece of W once for all of them.
-        lora_depth: depth of a LoRA step. 64 goes through the ring; 16 or 32 has a slot of its own
-            and serves ranks up to that size, others fall back to 64.
-        mask_ahead: whether `dx` makes a tile's mask while the products of the tile before run.
         absorb: whether the launch does another kernel's work, mostly in blocks that have a tile
             less than others: `base_up` that of `down`, `dx` that of `grad_down`. Up to 64 ranks.
     """
@@ -58,9 +54,6 @@ class GemmTiles:
     staged: int = 2
     minor: Literal["m", "n"] = "n"
     width: int = 8
-    cluster: int = 1
-    lora_depth: int = 64
-    mask_ahead: bool = False
     absorb: bool = False
 
     def __post_init__(self):
@@ -70,10 +63,6 @@ class GemmTiles:
             _multiple(name, getattr(self, name), 1)
         if self.staged not in (1, 2, 4):  # they go round in a tile's four pieces
             raise ValueError(f"staged={self.staged} must be 1, 2 or 4")
-        if self.cluster not in (1, 2):
-            raise ValueError(f"cluster={self.cluster} must be 1 or 2")
-        if self.lora_depth not in (16, 32, 64):
-            raise ValueError(f"lora_depth={self.lora_depth} must be 16, 32 or 64")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: one slot cannot be filled while it is read")
         if self.absorb and self.stages > 2 * self.staged:  # A lies where outputs are staged
@@ -83,19 +72,15 @@ class GemmTiles:
             )
         if self.smem_bytes > _SMEM_BYTES:
             raise ValueError(
-                f"stages={self.stages}, staged={self.staged}, lora_depth={self.lora_depth}, "
-                f"mask_ahead={self.mask_ahead} and absorb={self.absorb} take {self.smem_bytes} "
-                f"bytes of shared memory, {_SMEM_BYTES} are there"
+                f"stages={self.stages}, staged={self.staged} and absorb={self.absorb} take "
+                f"{self.smem_bytes} bytes of shared memory, {_SMEM_BYTES} are there"
             )
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a block, without barriers."""
-        narrow = 384 * self.lora_depth * 2 if self.lora_depth < 64 else 0
-        rows = 64 if self.split == "m" else 128
-        mask = 2 * rows * 16 * 4 if self.mask_ahead else 0
         keys = self.stages * 512 if self.absorb else 0
-        return self.stages * 384 * 64 * 2 + self.staged * 2 * 64 * 64 * 2 + narrow + mask + keys
+        return self.stages * 384 * 64 * 2 + self.staged * 2 * 64 * 64 * 2 + keys
 
 
 @dataclass(frozen=True)
@@ -222,33 +207,24 @@ OPERATIONS: dict[str, tuple[type[Sizes], Callable[[Shape], Sizes]]] = {
 }
 
 
-def _gemm_candidates(start: GemmTiles, *, mask: bool) -> list[GemmTiles]:
-    """One change at a time, then those that may help each other."""
-    roomy = replace(start, stages=3, staged=4)  # all of a tile's outputs leave without a wait
-    found = [
+def _gemm_candidates(start: GemmTiles) -> list[GemmTiles]:
+    """One change at a time."""
+    other = {"minor": "n", "width": 8} if start.minor == "m" else {"minor": "m", "width": 16}
+    return [
         start,
+        replace(start, absorb=not start.absorb),
         replace(start, split="n" if start.split == "m" else "m"),
-        roomy,
-        replace(start, cluster=2),
-        replace(roomy, cluster=2),
-        replace(roomy, lora_depth=16),
-        replace(roomy, cluster=2, lora_depth=16),
-        replace(start, minor="n", width=8) if start.minor == "m" else replace(start, minor="m"),
-        replace(start, minor="m", width=16) if start.minor == "n" else replace(start, width=8),
-        replace(start, absorb=True),
+        replace(start, stages=3, staged=4),  # all of a tile's outputs leave without a wait
+        replace(start, **other),
+        replace(start, width=24 - start.width),
     ]
-    if mask:
-        ahead = replace(start, split="m", stages=3, staged=4, mask_ahead=True)
-        found += [ahead, replace(ahead, cluster=2), replace(ahead, split="n", staged=2)]
-        found.append(replace(ahead, staged=2, cluster=2, lora_depth=16))
-    return found
 
 
 def candidates(op: str, shape: Shape) -> list[Sizes]:
     """Returns the sizes that tuning compares for a shape, the heuristic's first."""
     start = OPERATIONS[op][1](shape)
     if isinstance(start, GemmTiles):
-        return list(_gemm_candidates(start, mask=op == "dx"))
+        return list(_gemm_candidates(start))
     if isinstance(start, DownTiles):
         other = 192 - start.tile_k
         return [start, replace(start, tile_k=other, stages=2 if other == 128 else start.stages)]

@@ -85,7 +85,7 @@ def write_table(entries: list[dict], path: Path) -> None:
 def _products(**change) -> dict[str, Sizes]:
     """Sizes of both large products with some fields changed."""
     return {
-        "base_up": replace(GemmTiles("m", minor="m", width=16), **(change | {"mask_ahead": False})),
+        "base_up": replace(GemmTiles("m", minor="m", width=16), **change),
         "dx": replace(GemmTiles(), **change),
     }
 

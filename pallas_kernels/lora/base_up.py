@@ -71,11 +71,7 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
     (num_rows, k), dtype, group = x.shape, x.dtype, len(ws)
     widths, ranks = [w.shape[1] for w in ws], [stack.shape[1] for stack in b]
     base_steps = gemm.steps_of(k)
-    depth = gemm.lora_depth(sizes, ranks)
-    narrow, together = depth < TILE_K, sizes.cluster > 1
-    lora_steps = [-(-rank // depth) for rank in ranks]
-    if together:  # blocks of a cluster take equal steps: a slot of zeros for tiles without adapter
-        b = tuple(jnp.pad(stack, ((0, 1), (0, 0), (0, 0))) for stack in b)
+    lora_steps = [gemm.steps_of(rank) for rank in ranks]
     sms = mgpu.num_sms()
     padded_biases = [
         jnp.pad(bias.astype(jnp.float32), (0, -bias.shape[0] % TILE_N))
@@ -107,83 +103,51 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
         if made:
             a_g, key_g, site_g = rest
             operands = Operands(x_g, a_g, table_g, key_g, site_g)
-            tiles = gemm.tile_count(num_rows, widths, sizes)
-            blocks = sms // sizes.cluster
-            s_pass = SPass(operands, s_gs, ring, staged, own.pop(), sizes, tiles, blocks)
-        lora_ring = mgpu.Ring(own[:2], own[2], own[3], 1) if narrow else ring
+            tiles = gemm.tile_count(num_rows, widths)
+            s_pass = SPass(operands, s_gs, ring, staged, own[0], tiles, sms)
 
-        def beginning():
-            start = gemm.at_start()
-            return start if s_pass is None else start._replace(ring=start.ring + s_pass.steps)
+        def first_step():
+            return jnp.int32(0) if s_pass is None else s_pass.steps
 
         def fetch(tile):
             return load_facts(table_g, tile)
 
         def steps(facts, i):
             """Ring steps of a tile's LoRA term."""
-            count = jnp.int32(lora_steps[i])
-            return count if together else jnp.where(facts.adapter >= 0, count, jnp.int32(0))
-
-        def slot_of(facts):
-            if together:
-                return jnp.where(facts.adapter >= 0, facts.adapter, jnp.int32(b[0].shape[0] - 1))
-            return jnp.maximum(facts.adapter, 0)
-
-        def advance(progress, count):
-            """Progress after a tile with `count` LoRA steps."""
-            if narrow:
-                return gemm.Progress(progress.ring + base_steps, progress.lora + count)
-            return gemm.Progress(progress.ring + base_steps + count, progress.lora)
+            return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps[i]), jnp.int32(0))
 
         def memory():
-            def visit(place, _, progress, i=0):
+            def visit(place, step, i=0):
                 rows_, columns = mgpu.pl.ds(place.row, TILE_M), mgpu.pl.ds(place.column, TILE_N)
 
-                def base():
-                    @mgpu.pl.loop(0, base_steps)
-                    def _(index):
-                        here = mgpu.pl.ds(index * TILE_K, TILE_K)
-                        ring.fill(
-                            progress.ring + index,
-                            (x_g.at[rows_, here], w_gs[i].at[here, columns]),
-                            (False, together),
-                        )
+                @mgpu.pl.loop(0, base_steps)
+                def _(index):
+                    here = mgpu.pl.ds(index * TILE_K, TILE_K)
+                    ring.fill(step + index, (x_g.at[rows_, here], w_gs[i].at[here, columns]))
 
-                def lora(first):
-                    facts = facts_of(place.loaded)
-                    slot, count = slot_of(facts), steps(facts, i)
-                    if s_pass is not None:
-                        mgpu.pl.when(count > 0)(partial(s_pass.wait, place.row_tile))
+                facts = facts_of(place.loaded)
+                slot, count = jnp.maximum(facts.adapter, 0), steps(facts, i)
+                if s_pass is not None:
+                    mgpu.pl.when(count > 0)(partial(s_pass.wait, place.row_tile))
 
-                    @mgpu.pl.loop(0, count)
-                    def _(index):
-                        here = mgpu.pl.ds(index * depth, depth)
-                        lora_ring.fill(
-                            first + index,
-                            (s_gs[i].at[rows_, here], b_gs[i].at[slot, here, columns]),
-                        )
+                @mgpu.pl.loop(0, count)
+                def _(index):
+                    here = mgpu.pl.ds(index * TILE_K, TILE_K)
+                    ring.fill(
+                        step + base_steps + index,
+                        (s_gs[i].at[rows_, here], b_gs[i].at[slot, here, columns]),
+                    )
 
-                    return count
-
-                if narrow and s_pass is None:  # its slot is free long before the product is due
-                    count = lora(progress.lora)
-                    base()
-                else:
-                    base()
-                    count = lora(progress.lora if narrow else progress.ring + base_steps)
-                return advance(progress, count)
+                return step + base_steps + count
 
             if s_pass is not None:
                 s_pass.load()
-            walked, progress = 0, beginning()
+            walked, step = 0, first_step()
             for i in range(group):
-                walked, progress = gemm.walk(
-                    fetch, (num_rows, widths[i]), sizes, sms, walked, progress,
-                    partial(visit, i=i),
-                )  # fmt: skip
-            ring.drain(progress.ring)
-            if narrow:
-                lora_ring.drain(progress.lora)
+                walked, step = gemm.walk(
+                    fetch, (num_rows, widths[i]), sizes, sms, walked, step, partial(visit, i=i)
+                )
+            ring.drain(step)
 
         def compute(warpgroup):
             shape, row0, column0 = gemm.share(warpgroup, sizes)
@@ -192,41 +156,25 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
             def operands(x_tile, w_tile):
                 return x_tile.at[my_rows, :], w_tile.at[:, my_columns]
 
-            def visit(place, _, progress, i=0):
+            def visit(place, step, i=0):
                 more = steps(facts_of(place.loaded), i)
-
-                def products(accumulator):
-                    def lora():
-                        @mgpu.pl.when(more > 0)
-                        def _():
-                            mgpu.wgmma(accumulator, *operands(*lora_ring.take(progress.lora)))
-
-                    gemm.contract(
-                        ring, accumulator, progress.ring, base_steps, operands,
-                        more=None if narrow else more, last=lora if narrow else None,
-                    )  # fmt: skip
-
-                value = mgpu.accumulate(shape, products)
-                if narrow:
-
-                    @mgpu.pl.when(more > 0)
-                    def _():
-                        lora_ring.release(progress.lora)
-
+                value = mgpu.accumulate(
+                    shape,
+                    lambda acc: gemm.contract(ring, acc, step, base_steps, operands, more=more),
+                )
                 row, column = place.row + row0, place.column + column0
                 if bias_gs[i] is not None:
                     value = value + mgpu.load_columns(bias_gs[i], column, shape)
                 gemm.store_tile(value.astype(dtype), staged, warpgroup, y_gs[i], row, column)
-                return advance(progress, more)
+                return step + base_steps + more
 
             if s_pass is not None:
                 s_pass.compute(warpgroup)
-            walked, progress = 0, beginning()
+            walked, step = 0, first_step()
             for i in range(group):
-                walked, progress = gemm.walk(
-                    fetch, (num_rows, widths[i]), sizes, sms, walked, progress,
-                    partial(visit, i=i),
-                )  # fmt: skip
+                walked, step = gemm.walk(
+                    fetch, (num_rows, widths[i]), sizes, sms, walked, step, partial(visit, i=i)
+                )
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)
@@ -235,13 +183,11 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
         mgpu.launch(
             body,
             out_type=(*(jax.ShapeDtypeStruct((num_rows, n), dtype) for n in widths), *made),
-            grid=(sms // sizes.cluster,),
+            grid=(sms,),
             grid_names=("sm",),
-            cluster=sizes.cluster,
             scratch=(
-                *gemm.ring_scratch(sizes, TILE_K, dtype, transposed=False),
+                *gemm.ring_scratch(sizes, dtype, transposed=False),
                 gemm.epilogue_scratch(sizes, dtype),
-                *(gemm.ring_scratch(sizes, depth, dtype, transposed=False) if narrow else ()),
                 *((together_barrier(),) if made else ()),
             ),
             name="lora_base_up_with_s" if made else "lora_base_up",

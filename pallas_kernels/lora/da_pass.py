@@ -47,20 +47,18 @@ class DaPass:
         da_g: output, [slots, RANKS, k].
         ring: that of the products, with slots of 128 x 64 and 256 x 64.
         own: of the types that `scratch` gives.
-        sizes: of the products.
         contracted: contraction size of the products.
         tiles: of their outputs.
-        blocks: clusters of blocks in the grid.
+        blocks: in the grid.
     """
 
     def __init__(
-        self, operands: Operands, da_g, ring: mgpu.Ring, own, sizes: GemmTiles, contracted: int,
-        tiles: int, blocks: int,
+        self, operands: Operands, da_g, ring: mgpu.Ring, own, contracted: int, tiles: int,
+        blocks: int,
     ):  # fmt: skip
-        self._from, self._out, self._cluster = operands, da_g, sizes.cluster
+        self._from, self._out = operands, da_g
         self._slots, (rows, self._k) = operands.start.shape[0] - 1, operands.x.shape
-        panels = -(-self._k // (PANEL * sizes.cluster))
-        self._jobs = gemm.share_jobs(panels, rows, contracted, tiles, blocks)
+        self._jobs = gemm.share_jobs(-(-self._k // PANEL), rows, contracted, tiles, blocks)
         narrow, self._wide = ring.buffers
         halves = [mgpu.Window(lambda slot, half=half: self._half(slot, half)) for half in range(2)]
         keys, full, empty = own
@@ -71,11 +69,8 @@ class DaPass:
         return self._wide.at[slot, mgpu.pl.ds(half * TILE_ROWS, TILE_ROWS), :]
 
     def _first_column(self, turn):
-        """Of the panel of a turn; past the last one for a block of a cluster without one."""
-        panel = self._jobs.job(turn)
-        if self._cluster > 1:
-            panel = panel * self._cluster + lax.axis_index(mgpu.CLUSTER)
-        return panel * PANEL
+        """Of the panel of a turn."""
+        return self._jobs.job(turn) * PANEL
 
     def _used(self):
         """Row tiles that have an adapter, the first ones of the walk."""

@@ -16,9 +16,7 @@ from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
 from pallas_kernels.lora.mask import (
     clear_padding,
     drop,
-    drop_packed,
     load_keys,
-    pack_pieces,
     row_mask,
 )
 from pallas_kernels.segments import TILE_ROWS, Tiles, facts_of, load_facts
@@ -76,9 +74,7 @@ def _launch(dys, ws, ds, a_t, x, rows: Tiles, sizes: GemmTiles) -> tuple[Array, 
     num_rows, k, dtype, group = dys[0].shape[0], ws[0].shape[0], dys[0].dtype, len(ws)
     depths = [gemm.steps_of(w.shape[1]) for w in ws]
     base_steps = sum(depths)
-    depth = gemm.lora_depth(sizes, [ds.shape[1]])
-    narrow, together = depth < TILE_K, sizes.cluster > 1
-    lora_steps = -(-ds.shape[1] // depth)
+    lora_steps = gemm.steps_of(ds.shape[1])
     sms = mgpu.num_sms()
     absorbed = () if x is None else (x, rows.walk, rows.start)
     slots = a_t.shape[0]
@@ -93,63 +89,40 @@ def _launch(dys, ws, ds, a_t, x, rows: Tiles, sizes: GemmTiles) -> tuple[Array, 
         if absorbed:
             x_g, walk_g, start_g = absorbed_gs
             operands = Operands(x_g, ds_g, walk_g, start_g, key_g, site_g)
-            contracted, tiles = base_steps * TILE_K, gemm.tile_count(num_rows, [k], sizes)
-            da_pass = DaPass(
-                operands, da_gs[0], ring, own[-3:], sizes, contracted, tiles, sms // sizes.cluster
-            )
-            own = own[:-3]
-        bits_s = own.pop() if sizes.mask_ahead else None
-        lora_ring = mgpu.Ring(own[:2], own[2], own[3], 1) if narrow else ring
+            contracted, tiles = base_steps * TILE_K, gemm.tile_count(num_rows, [k])
+            da_pass = DaPass(operands, da_gs[0], ring, own, contracted, tiles, sms)
 
         def steps(facts):
-            """Ring steps of a tile's LoRA term; blocks of a cluster take equal steps."""
-            if together:  # whatever comes of a tile without adapter is masked
-                return jnp.int32(lora_steps)
+            """Ring steps of a tile's LoRA term."""
             return jnp.where(facts.adapter >= 0, jnp.int32(lora_steps), jnp.int32(0))
 
-        def begin(progress, count):
-            """Where a tile's LoRA and base steps begin, and the progress after it."""
-            if narrow:
-                after = gemm.Progress(progress.ring + base_steps, progress.lora + count)
-                return progress.lora, progress.ring, after
-            base = progress.ring + count
-            return progress.ring, base, gemm.Progress(base + base_steps, progress.lora)
-
         def memory():
-            def visit(place, _, progress):
+            def visit(place, step):
                 facts = facts_of(place.loaded)
                 rows_, columns = mgpu.pl.ds(place.row, TILE_M), mgpu.pl.ds(place.column, TILE_N)
                 slot, count = jnp.maximum(facts.adapter, 0), steps(facts)
-                lora, base, after = begin(progress, count)
 
                 @mgpu.pl.loop(0, count)
                 def _(index):
-                    here = mgpu.pl.ds(index * depth, depth)
-                    lora_ring.fill(
-                        lora + index, (ds_g.at[rows_, here], a_g.at[slot, columns, here])
-                    )
+                    here = mgpu.pl.ds(index * TILE_K, TILE_K)
+                    ring.fill(step + index, (ds_g.at[rows_, here], a_g.at[slot, columns, here]))
 
+                base = step + count
                 for dy_g, w_g, steps_i in zip(dy_gs, w_gs, depths, strict=True):
 
                     @mgpu.pl.loop(0, steps_i)
                     def _(index, base=base, dy_g=dy_g, w_g=w_g):
                         here = mgpu.pl.ds(index * TILE_K, TILE_K)
-                        ring.fill(
-                            base + index,
-                            (dy_g.at[rows_, here], w_g.at[columns, here]),
-                            (False, together),
-                        )
+                        ring.fill(base + index, (dy_g.at[rows_, here], w_g.at[columns, here]))
 
                     base = base + steps_i
-                return after
+                return base
 
-            _, progress = gemm.walk(
+            _, step = gemm.walk(
                 lambda tile: load_facts(table_g, tile),
-                (num_rows, k), sizes, sms, 0, gemm.at_start(), visit,
+                (num_rows, k), sizes, sms, 0, jnp.int32(0), visit,
             )  # fmt: skip
-            ring.drain(progress.ring)
-            if narrow:
-                lora_ring.drain(progress.lora)
+            ring.drain(step)
             if da_pass is not None:
                 da_pass.load()
 
@@ -163,7 +136,7 @@ def _launch(dys, ws, ds, a_t, x, rows: Tiles, sizes: GemmTiles) -> tuple[Array, 
             def lora(accumulator, first, count):
                 @mgpu.pl.when(count > 0)
                 def _():
-                    gemm.contract(lora_ring, accumulator, first, lora_steps, operands)
+                    gemm.contract(ring, accumulator, first, lora_steps, operands)
 
             def fetch(tile):
                 here = mgpu.pl.ds(tile * TILE_ROWS + row0, shape[0])
@@ -173,76 +146,50 @@ def _launch(dys, ws, ds, a_t, x, rows: Tiles, sizes: GemmTiles) -> tuple[Array, 
                 facts = facts_of(place.loaded[0])
                 return facts, row_mask(place.loaded[1], site_g[0], facts.threshold)
 
-            def make_bits(place):
-                """Pieces of work that leave the mask of a tile in SMEM, to be used by the next."""
-                facts, mask = mask_of(place)
-                assert bits_s is not None
-                return pack_pieces(
-                    bits_s.at[warpgroup], mask, facts.threshold, place.column + column0, shape[1]
-                )
-
             def masked(value, place):
                 """The LoRA term with its mask; most tiles without dropout need none."""
                 facts, mask = mask_of(place)
 
-                def dropped(value):
-                    if bits_s is not None:
-                        return drop_packed(value, bits_s.at[warpgroup])
-                    return drop(value, mask, place.column + column0)
-
                 return lax.cond(
                     facts.threshold > 0,
-                    dropped,
+                    lambda v: drop(v, mask, place.column + column0),
                     lambda v: lax.cond(
                         facts.padding > 0, lambda u: clear_padding(u, mask), lambda u: u, v
                     ),
                     value,
                 )
 
-            def visit(place, following, progress):
+            def visit(place, step):
                 count = steps(facts_of(place.loaded[0]))
-                first, base, after = begin(progress, count)
-                value = mgpu.accumulate(shape, lambda acc: lora(acc, first, count))
-                value = masked(value, place)
-                meanwhile = make_bits(following) if sizes.mask_ahead else ()
+                value = mgpu.accumulate(shape, lambda acc: lora(acc, step, count))
+                base = step + count
                 value = mgpu.accumulate(
                     shape,
-                    lambda acc: gemm.contract(
-                        ring, acc, base, base_steps, operands, meanwhile=meanwhile
-                    ),
-                    start=value,
+                    lambda acc: gemm.contract(ring, acc, base, base_steps, operands),
+                    start=masked(value, place),
                 )
                 row, column = place.row + row0, place.column + column0
                 gemm.store_tile(value.astype(dtype), staged, warpgroup, dx_g, row, column)
-                return after
+                return base + base_steps
 
-            def prepare(place):
-                if sizes.mask_ahead:
-                    for work in make_bits(place):
-                        work()
-
-            gemm.walk(fetch, (num_rows, k), sizes, sms, 0, gemm.at_start(), visit, prepare=prepare)
+            gemm.walk(fetch, (num_rows, k), sizes, sms, 0, jnp.int32(0), visit)
             if da_pass is not None:
                 da_pass.compute(warpgroup)
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)
 
-    mask_rows = gemm.share(0, sizes)[0][0]
     out_type = [jax.ShapeDtypeStruct((num_rows, k), dtype)]
     if absorbed:
         out_type.append(jax.ShapeDtypeStruct((slots, RANKS, k), jnp.float32))
     outs = mgpu.launch(
         body,
         out_type=tuple(out_type),
-        grid=(sms // sizes.cluster,),
+        grid=(sms,),
         grid_names=("sm",),
-        cluster=sizes.cluster,
         scratch=(
-            *gemm.ring_scratch(sizes, TILE_K, dtype, transposed=True),
+            *gemm.ring_scratch(sizes, dtype, transposed=True),
             gemm.epilogue_scratch(sizes, dtype),
-            *(gemm.ring_scratch(sizes, depth, dtype, transposed=True) if narrow else ()),
-            *((mgpu.SMEM((2, mask_rows, 16), jnp.uint32),) if sizes.mask_ahead else ()),
             *(scratch(sizes) if absorbed else ()),
         ),
         name="lora_dx_with_da" if absorbed else "lora_dx",

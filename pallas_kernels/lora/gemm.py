@@ -20,18 +20,6 @@ TILE_M, TILE_N, TILE_K = TILE_ROWS, 256, 64
 _PIECE = 64  # rows and columns of a staged piece of output
 
 
-class Progress(NamedTuple):
-    """Steps so far of the ring, and of the slot for narrow LoRA steps."""
-
-    ring: jax.Array
-    lora: jax.Array
-
-
-def at_start() -> Progress:
-    """Returns no steps; made inside the kernel, which takes no constants from outside."""
-    return Progress(jnp.int32(0), jnp.int32(0))
-
-
 class Place(NamedTuple):
     """A tile of outputs: which one, and what `fetch` read of its rows."""
 
@@ -56,51 +44,40 @@ def walk(
     sizes: GemmTiles,
     sms: int,
     before: int,
-    progress: Progress,
-    visit: Callable[[Place, Place, Progress], Progress],
-    prepare: Callable[[Place], None] = lambda place: None,
-) -> tuple[int, Progress]:
+    step: jax.Array,
+    visit: Callable[[Place, jax.Array], jax.Array],
+) -> tuple[int, jax.Array]:
     """Visits this block's tiles of one output, continuing the grid's round over all outputs.
 
     Args:
         fetch: reads what `visit` needs to know of a row tile, given its index. That of the next
             tile is read while this one is worked on, so that the latency is hidden.
         shape: rows and columns of the output.
-        sizes: order of the walk, and blocks that walk together, one below the other.
+        sizes: order of the walk.
         sms: number of blocks.
-        before: tiles of the outputs already walked, over all clusters.
-        progress: steps that the first tile starts with.
-        visit: called with this tile, the next one and the steps so far; returns the steps after.
-        prepare: called with the first tile before its visit.
+        before: tiles of the outputs already walked, over all blocks.
+        step: of the ring, that the first tile starts with.
+        visit: called with a tile and the step it starts with; returns the step after it.
 
     Returns:
-        The count of tiles walked so far over all clusters, and the steps so far.
+        The count of tiles walked so far over all blocks, and the next step of the ring.
     """
-    row_tiles = -(-shape[0] // TILE_M)
-    counts = (-(-row_tiles // sizes.cluster), -(-shape[1] // TILE_N))
-    total, clusters = counts[0] * counts[1], sms // sizes.cluster
-    start = lax.rem(
-        lax.axis_index("sm") + jnp.int32(clusters - before % clusters), jnp.int32(clusters)
-    )
-    mine = lax.div(jnp.int32(total + clusters - 1) - start, jnp.int32(clusters))
+    counts = (-(-shape[0] // TILE_M), -(-shape[1] // TILE_N))
+    total = counts[0] * counts[1]
+    start = lax.rem(lax.axis_index("sm") + jnp.int32(sms - before % sms), jnp.int32(sms))
+    mine = lax.div(jnp.int32(total + sms - 1) - start, jnp.int32(sms))
 
     def locate(turn):
-        index = jnp.minimum(start + turn * clusters, total - 1)
+        index = jnp.minimum(start + turn * sms, total - 1)
         row, column = mgpu.planar_snake(index, counts, "mn".index(sizes.minor), sizes.width)
-        if sizes.cluster > 1:
-            row = row * sizes.cluster + lax.axis_index(mgpu.CLUSTER)
-        # The last cluster may reach below the last tile: nothing is there, but something is read.
-        known = jnp.minimum(row, row_tiles - 1) if sizes.cluster > 1 else row
-        return Place(row, column, fetch(known))
+        return Place(row, column, fetch(row))
 
     def one(turn, carry):
-        progress, place = carry
+        step, place = carry
         following = locate(turn + 1)
-        return visit(place, following, progress), following
+        return visit(place, step), following
 
-    first = locate(jnp.int32(0))
-    prepare(first)
-    return before + total, lax.fori_loop(0, mine, one, (progress, first))[0]
+    return before + total, lax.fori_loop(0, mine, one, (step, locate(jnp.int32(0))))[0]
 
 
 class Jobs(NamedTuple):
@@ -127,7 +104,7 @@ def share_jobs(jobs: int, length: int, contracted: int, tiles: int, blocks: int)
         length: of a job, which goes over 128 x length elements.
         contracted: contraction size of a tile.
         tiles: of all outputs.
-        blocks: that walk over them; in a cluster they have a job each, next to each other.
+        blocks: that walk over them.
     """
     light = blocks - tiles % blocks  # they are the last ones, or all
     early = min(jobs, light * max(1, int(contracted / (_PASS * length))))
@@ -143,10 +120,9 @@ def share_jobs(jobs: int, length: int, contracted: int, tiles: int, blocks: int)
     return Jobs(own + more, job)
 
 
-def tile_count(rows: int, widths: Sequence[int], sizes: GemmTiles) -> int:
-    """Tiles of all outputs; those of a cluster, one below the other, count once."""
-    row_tiles = -(-rows // (TILE_M * sizes.cluster))
-    return row_tiles * sum(-(-width // TILE_N) for width in widths)
+def tile_count(rows: int, widths: Sequence[int]) -> int:
+    """Tiles of all outputs."""
+    return -(-rows // TILE_M) * sum(-(-width // TILE_N) for width in widths)
 
 
 def share(warpgroup, sizes: GemmTiles) -> tuple:
@@ -169,8 +145,6 @@ def contract(
     operands: Callable,
     *,
     more=None,
-    meanwhile: Sequence[Callable[[], None]] = (),
-    last: Callable[[], None] | None = None,
 ) -> None:
     """Multiplies ring steps into the accumulator and waits for the result.
 
@@ -181,63 +155,36 @@ def contract(
         steps: how many at least, >= 1; the loop over them has a fixed length.
         operands: gives the left and right operands of a step's buffers.
         more: number of further steps, known late; None for none.
-        meanwhile: other work, a piece under each of the first steps.
-        last: starts a product of its own before the result is waited for.
     """
 
     def multiply(step):
         mgpu.wgmma(accumulator, *operands(*ring.take(step)))
 
-    def advance(index, work=None):
-        multiply(first + index)
-        if work is not None:
-            work()
-        mgpu.wgmma_wait(1)
-        ring.release(first + index - 1)
-
     def loop(begin, end):
         @mgpu.pl.loop(begin, end)
         def _(index):
-            advance(index)
+            multiply(first + index)
+            mgpu.wgmma_wait(1)
+            ring.release(first + index - 1)
 
     multiply(first)
-    early, late = meanwhile[: steps - 1], meanwhile[steps - 1 :]
-    for index, work in enumerate(early):
-        advance(1 + index, work)
-    if steps > 1 + len(early):
-        loop(1 + len(early), steps)
+    if steps > 1:
+        loop(1, steps)
     total = steps
     if more is not None:
         total = steps + more
         loop(jnp.int32(steps), total)
-    if last is not None:
-        last()
-    for work in late:
-        work()
     mgpu.wgmma_wait(0)
     ring.release(first + total - 1)
 
 
-def lora_depth(sizes: GemmTiles, ranks: Sequence[int]) -> int:
-    """Depth of the LoRA steps: that of a narrow slot if all ranks fit in one, or the ring's."""
-    return sizes.lora_depth if max(ranks) <= sizes.lora_depth else TILE_K
-
-
-def ring_scratch(sizes: GemmTiles, depth: int, dtype, *, transposed: bool) -> tuple:
-    """SMEM and barriers of a ring of products; `transposed` for weights as [out, in] blocks.
-
-    Args:
-        sizes: slots and blocks per cluster.
-        depth: of a step; one below that of the large products has a single slot.
-        dtype: of the operands.
-        transposed: whether the right operand comes as [out, in].
-    """
-    stages, cluster = (sizes.stages, sizes.cluster) if depth == TILE_K else (1, 1)
-    block = (TILE_N, depth) if transposed else (depth, TILE_N)
+def ring_scratch(sizes: GemmTiles, dtype, *, transposed: bool) -> tuple:
+    """SMEM and barriers of a ring of products; `transposed` for weights as [out, in] blocks."""
+    block = (TILE_N, TILE_K) if transposed else (TILE_K, TILE_N)
     return (
-        mgpu.tiles_buffer(stages, TILE_M, depth, dtype),
-        mgpu.SMEM((stages, *block), dtype, transforms=mgpu.swizzled(depth, dtype)),
-        *mgpu.Ring.barriers(stages, copies=2, consumers=2, cluster=cluster),
+        mgpu.tiles_buffer(sizes.stages, TILE_M, TILE_K, dtype),
+        mgpu.tiles_buffer(sizes.stages, *block, dtype),
+        *mgpu.Ring.barriers(sizes.stages, copies=2, consumers=2),
     )
 
 

@@ -89,41 +89,6 @@ def drop(
     return _select((top >= threshold for tops in groups for top in tops), value)
 
 
-def pack_pieces(bits_ref, mask: RowMask, threshold, first_column, columns: int) -> list:
-    """Returns functions that together leave the mask of `columns` columns in `bits_ref`.
-
-    Each makes the bits of 64 columns; the last one stores them, four per group and element of a
-    [rows, 16] array. They do nothing where nothing is dropped.
-    """
-    groups = _hash_bytes(mask, first_column, columns)
-    kept = _columns(mask.threshold, 16)
-    made = []
-
-    def piece(group, last):
-        bits = jnp.zeros_like(kept) if not made else made[-1]
-        for byte, top in enumerate(next(groups)):
-            bit = jnp.full_like(kept, 1 << (4 * group + byte))
-            bits = bits | jnp.where(top >= kept, bit, jnp.zeros_like(kept))
-        made.append(bits)
-        if last:
-
-            @mgpu.pl.when(threshold > 0)
-            def _():
-                mgpu.commit_smem()  # all have read the bits before these
-                bits_ref[...] = bits
-                mgpu.commit_smem()
-
-    count = columns // _GROUP
-    return [lambda g=g: piece(g, g == count - 1) for g in range(count)]
-
-
-def drop_packed(value: jax.Array, bits_ref) -> jax.Array:
-    """Zeroes the elements of a value that the bits left by `pack_pieces` drop."""
-    bits = mgpu.load(bits_ref, layout=mgpu.Layout.WGMMA)
-    ones = (jnp.full_like(bits, 1 << i) for i in range(value.shape[1] // 16))
-    return _select(((bits & one) != jnp.uint32(0) for one in ones), value)
-
-
 def clear_padding(value: jax.Array, mask: RowMask) -> jax.Array:
     """Zeroes the padding rows of a value, for rows whose rate is 0."""
     live = _columns(mask.live, value.shape[1]) != jnp.uint32(0)

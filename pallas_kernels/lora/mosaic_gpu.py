@@ -20,7 +20,7 @@ from pallas_kernels.lora.base_up import base_up, base_up_with_s
 from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
 from pallas_kernels.lora.dx import dx_with_da
-from pallas_kernels.lora.gemm import lora_depth
+from pallas_kernels.lora.gemm import TILE_K
 from pallas_kernels.lora.grad_down import grad_down
 from pallas_kernels.lora.grad_up import grad_up
 from pallas_kernels.lora.spec import (
@@ -212,7 +212,7 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     parts, dbs = grad_up(dys, b, ss, rows, choose("grad_up", shape))
     sizes = choose("dx", shape)
     # Whole steps of dx, and of the pieces that TMA copies: it then fills nothing.
-    unused = -shape.ranks % lora_depth(sizes, [shape.ranks])
+    unused = -shape.ranks % TILE_K
     zeros = jnp.zeros((x.shape[0], unused), x.dtype)
     ds = jnp.concatenate([*(part.sum(0).astype(x.dtype) for part in parts), zeros], axis=1)
     transposed = jnp.pad(_side_by_side(a).transpose(0, 2, 1), ((0, 0), (0, 0), (0, unused)))

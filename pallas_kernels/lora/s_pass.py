@@ -18,7 +18,6 @@ from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M
 from pallas_kernels.lora.mask import load_keys, mask_tile, row_mask
 from pallas_kernels.segments import read_facts
-from pallas_kernels.tuning import GemmTiles
 
 MAX_RANKS = 64  # of all projections: a piece of A fits in a staged piece of outputs
 _HALF = TILE_M // 2  # rows of a warpgroup
@@ -53,24 +52,23 @@ class SPass:
         ring: that of the products.
         staged: where they stage outputs; holds pieces of A as long as there are none.
         together: see `together_barrier`.
-        sizes: of the products.
-        tiles: of all their outputs.
-        blocks: clusters of blocks in the grid.
+        tiles: of all outputs.
+        blocks: in the grid.
     """
 
     def __init__(
-        self, operands: Operands, s_gs: Sequence, ring: mgpu.Ring, staged, together,
-        sizes: GemmTiles, tiles: int, blocks: int,
+        self, operands: Operands, s_gs: Sequence, ring: mgpu.Ring, staged, together, tiles: int,
+        blocks: int,
     ):  # fmt: skip
         k = operands.x.shape[1]
         self._from, self._outs = operands, s_gs
         self._ranks = operands.a.shape[1]
         self._row_tiles = s_gs[0].shape[0] // TILE_M
-        self._sizes, self._together = sizes, together
+        self._together = together
         self._steps = _QUAD * -(-k // (_QUAD * TILE_K))  # per row tile
-        self._jobs = gemm.share_jobs(-(-self._row_tiles // sizes.cluster), k, k, tiles, blocks)
+        self._jobs = gemm.share_jobs(self._row_tiles, k, k, tiles, blocks)
         self._flags = mgpu.Flags(self._row_tiles)
-        pieces = sizes.staged
+        pieces = staged.shape[1]  # of each warpgroup
 
         def piece(slot):
             first, second = jax.lax.div(slot, pieces), jax.lax.rem(slot, pieces)
@@ -84,26 +82,16 @@ class SPass:
         """Ring steps that this block spends on S."""
         return self._jobs.number * self._steps
 
-    def _tile(self, turn):
-        """The row tile of a turn; past the last one for a block of a cluster without one."""
-        job = self._jobs.job(turn)
-        if self._sizes.cluster == 1:
-            return job
-        return job * self._sizes.cluster + jax.lax.axis_index(mgpu.CLUSTER)
-
-    def _known(self, tile):
-        return tile if self._sizes.cluster == 1 else jax.numpy.minimum(tile, self._row_tiles - 1)
-
     def wait(self, tile) -> None:
         """Waits until S of a row tile can be loaded."""
-        self._flags.wait(self._known(tile), 2)  # one of each warpgroup
+        self._flags.wait(tile, 2)  # one of each warpgroup
 
     def load(self) -> None:
         """The memory warpgroup's part."""
 
         @mgpu.pl.loop(0, self._jobs.number)
         def _(turn):
-            tile = self._known(self._tile(turn))
+            tile = self._jobs.job(turn)
             slot = jax.numpy.maximum(read_facts(self._from.table, tile).adapter, 0)
             here = mgpu.pl.ds(tile * TILE_M, TILE_M)
 
@@ -127,15 +115,13 @@ class SPass:
 
         @mgpu.pl.loop(0, self._jobs.number)
         def _(turn):
-            tile = self._tile(turn)
-            self._make(warpgroup, tile, turn * self._steps)
+            self._make(warpgroup, self._jobs.job(turn), turn * self._steps)
 
         self._meet()  # nothing is staged before neither reads pieces of A any more
 
     def _make(self, warpgroup, tile, first) -> None:
-        known = self._known(tile)
-        here = mgpu.pl.ds(known * TILE_M + warpgroup * _HALF, _HALF)
-        facts = read_facts(self._from.table, known)
+        here = mgpu.pl.ds(tile * TILE_M + warpgroup * _HALF, _HALF)
+        facts = read_facts(self._from.table, tile)
         mask = row_mask(load_keys(self._from.row_key.at[here]), self._from.site[0], facts.threshold)
 
         def products(*sums):
@@ -162,11 +148,9 @@ class SPass:
         even, odd = mgpu.accumulate_all([(_HALF, self._ranks)] * 2, products)
         total = ((even + odd) * facts.factor).astype(self._outs[0].dtype)
 
-        @mgpu.pl.when(tile < self._row_tiles)
-        def _():
-            low = 0
-            for out in self._outs:
-                rank = out.shape[1]
-                out[here, :] = total[:, low : low + rank]
-                low += rank
-            self._flags.raise_(known)
+        low = 0
+        for out in self._outs:
+            rank = out.shape[1]
+            out[here, :] = total[:, low : low + rank]
+            low += rank
+        self._flags.raise_(tile)

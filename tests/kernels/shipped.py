@@ -107,8 +107,7 @@ def programs() -> dict[str, tuple]:
     shape = Shape(1024, 512, (512,), 16)
     forward, backward = candidates("base_up", shape), candidates("dx", shape)
     for index, dx in enumerate(backward):
-        base_up = forward[min(index, len(forward) - 1)]
-        program = _with_sizes({"base_up": base_up, "dx": dx})
+        program = _with_sizes({"base_up": forward[index], "dx": dx})
         found[f"candidates {index}"] = (hopper, program, arguments(*case))
     for capability in portable.CAPABILITIES:
         name = "portable {}.{}".format(*capability)

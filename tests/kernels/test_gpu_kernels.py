@@ -82,10 +82,9 @@ _VARIANT = {
 
 @pytest.mark.parametrize("index", range(len(candidates("dx", _TUNED))))
 def test_every_candidate_is_right(index):
-    """Five row tiles: the last cluster of two reaches below the last one."""
     jax.clear_caches()  # sizes are no part of a jitted function's key
-    dx, base_up = candidates("dx", _TUNED)[index], candidates("base_up", _TUNED)
-    with tables.using(dx=dx, base_up=base_up[min(index, len(base_up) - 1)]):
+    dx, base_up = (candidates(op, _TUNED)[index] for op in ("dx", "base_up"))
+    with tables.using(dx=dx, base_up=base_up):
         _assert_accurate(_problem(**_VARIANT))
 
 

@@ -31,8 +31,8 @@ _PRELUDE = """
 
 def _run(body: str) -> subprocess.CompletedProcess:
     script = textwrap.dedent(_PRELUDE) + textwrap.dedent(body)
-    # The interpreter's threads wait for each other inside XLA's pool, which NPROC sizes: a cluster
-    # of two blocks with three warpgroups each stands still on a machine of few cores without it.
+    # The interpreter's threads wait for each other inside XLA's pool, which NPROC sizes: two blocks
+    # with three warpgroups each may stand still on a machine of few cores without it.
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=".", XLA_FLAGS="", NPROC="24")
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=400, env=environment
@@ -60,25 +60,13 @@ def test_adapters_padding_bias_and_grouped_projections():
     """)
 
 
-VARIANTS = {
-    "staged": "GemmTiles('m', stages=3, staged=4)",
-    "cluster": "GemmTiles('n', cluster=2)",
-    "narrow": "GemmTiles('m', stages=3, staged=4, lora_depth=16)",
-    "mask ahead": "GemmTiles('m', stages=3, staged=4, mask_ahead=True)",
-    "mask ahead, split n": "GemmTiles('n', stages=3, staged=2, mask_ahead=True)",
-    "all": "GemmTiles('m', stages=3, staged=2, mask_ahead=True, cluster=2, lora_depth=16)",
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", VARIANTS.values(), ids=VARIANTS)
-def test_variants_of_the_products(sizes):
-    """Three row tiles, so that the last cluster reaches below the last one; two columns of them."""
-    _passes(f"""
-        tiles = {sizes}
+def test_other_sizes_of_the_products():
+    _passes("""
         check(
-            sizes=dict(base_up=tiles, dx=tiles), tiles=(0, -1, 1), k=320, ns=(320,), rank=8,
-            rates=(0.25, 0.0), scales=(2.0, 0.5), padding=(3, 300),
+            sizes=dict(base_up=GemmTiles('n', staged=1), dx=GemmTiles('m', stages=3, staged=4)),
+            tiles=(0, -1, 1), k=320, ns=(320,), rank=8, rates=(0.25, 0.0), scales=(2.0, 0.5),
+            padding=(3, 300),
         )
     """)
 

@@ -23,11 +23,9 @@ SHAPE = Shape(8192, 4096, (4096,), 16)
     [
         (lambda: GemmTiles(stages=5), "shared memory"),
         (lambda: GemmTiles(stages=4, staged=4), "shared memory"),
-        (lambda: GemmTiles(stages=4, mask_ahead=True), "shared memory"),
+        (lambda: GemmTiles(stages=4, staged=1, absorb=True), "twice as many"),
         (lambda: GemmTiles(stages=1), "one slot"),
         (lambda: GemmTiles(staged=3), "1, 2 or 4"),
-        (lambda: GemmTiles(cluster=3), "cluster=3"),
-        (lambda: GemmTiles(lora_depth=8), "lora_depth=8"),
         (lambda: DownTiles(stages=3), "multiple of 2"),
         (lambda: GradUpTiles(panel=640), "spill"),
         (lambda: GradDownTiles(panel=100), "multiple of 128"),
@@ -59,7 +57,7 @@ def test_the_shipped_table_is_read_and_serves_its_bucket():
 
 
 def test_ones_own_table_and_an_override_win(tmp_path):
-    wanted, path = GemmTiles(cluster=2), tmp_path / "mine.json"
+    wanted, path = GemmTiles(width=4), tmp_path / "mine.json"
     path.write_text(json.dumps({"entries": [tables.entry("dx", SHAPE, wanted, 1.0)]}))
     with tables.using_table(path):
         assert tables.choose("dx", SHAPE) == wanted != tables.choose("base_up", SHAPE)
