@@ -7,12 +7,14 @@ the run has ended, `exit CODE` (negative: killed by that signal). A run writes a
 and each fault point of a save into the order's `lines`, a pipe that the parent reads.
 """
 
+import gc
 import json
 import os
 import resource
 import signal
 import sys
 import time
+import tracemalloc
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +54,7 @@ class Order:
         dwell: seconds.
         watchdog: its limit in seconds.
         count: write what the process uses, after every save.
+        leak: bytes to lose with every microbatch.
         file_limit: bytes that a file may have from the first checkpoint on.
         freeze: whether a non-finite batch freezes its job.
         nan: job whose loss is infinite from its third global batch on.
@@ -69,6 +72,7 @@ class Order:
     dwell: float = 0.5
     watchdog: float = 1800.0
     count: bool = False
+    leak: int = 0
     freeze: bool = False
     nan: str = ""
     file_limit: int = 0
@@ -108,6 +112,7 @@ class Witness:
     def __init__(self, order: Order, out: TextIO):
         self._order, self._out, self._programs = order, out, 0
         self._seen: dict[str, int] = {}
+        self._lost: list[bytes] = []
 
     def __call__(self, event: object) -> None:
         """Takes note of an event."""
@@ -115,6 +120,8 @@ class Witness:
         where = getattr(event, "index", getattr(event, "start", getattr(event, "step", "")))
         self.at(kind, where)
         self._programs += kind == "Compiling"
+        if self._order.leak and kind == "MicrobatchDone":
+            self._lost.append(bytes(self._order.leak))
         if self._order.count and kind == "CheckpointSaved":  # no save is under way now
             self._out.write(f"counters {json.dumps(self._counters(int(where)))}\n")
         if kind == "CheckpointSaved" and self._order.file_limit:
@@ -122,10 +129,13 @@ class Witness:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
     def _counters(self, microbatch: int) -> dict[str, int]:
+        gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return {
             "microbatch": microbatch,
             "resident": pages * resource.getpagesize(),
+            "python": tracemalloc.get_traced_memory()[0],
+            "objects": len(gc.get_objects()),
             "files": len(os.listdir("/proc/self/fd")),
             "threads": len(os.listdir("/proc/self/task")),
             "arrays": len(jax.live_arrays()),
@@ -148,6 +158,8 @@ def train(order: Order, lines: int) -> int:
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if order.count:
+        tracemalloc.start()
     with os.fdopen(lines, "w", buffering=1, encoding="utf-8") as out:
         witness = Witness(order, out)
         made = lf.MultiTrainer(

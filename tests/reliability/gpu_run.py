@@ -1,13 +1,16 @@
 """A training run of four jobs with dropout in tiles that the kernels take; also as a process.
 
-    python -m tests.reliability.gpu_run OUTPUT
+    python -m tests.reliability.gpu_run OUTPUT [start|step]
 
 Another process compiles everything anew, and times XLA's choices anew: replay must not depend on
-either.
+either. With `start` or `step` the device is full from then on.
 """
 
 import sys
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 
 import lorafusion_jax as lf
 from lorafusion_jax.config import (
@@ -17,9 +20,10 @@ from lorafusion_jax.config import (
     SaveConfig,
     TrainConfig,
 )
+from lorafusion_jax.errors import LoraFusionError
 from lorafusion_jax.models.config import ModelConfig
 from lorafusion_jax.models.hf_weights import Base, random_base
-from lorafusion_jax.train.events import Listener
+from lorafusion_jax.train.events import Event, Listener, MicrobatchDone
 from tests.train.tiny import dataset
 
 WIDE = {
@@ -71,5 +75,43 @@ def trainer(
     return made
 
 
+class Ballast:
+    """Fills the device: all that this process may have of it."""
+
+    def __init__(self):
+        self.blocks: list[jax.Array] = []
+
+    def fill(self) -> None:
+        """Allocates until less than 1 MiB is left in one piece."""
+        for size in (1 << 26, 1 << 23, 1 << 20):
+            while True:
+                try:
+                    self.blocks.append(jnp.zeros(size, jnp.uint8).block_until_ready())
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    break
+
+    def __call__(self, event: Event) -> None:
+        """Listens to a run, and fills the device after its first microbatch."""
+        if isinstance(event, MicrobatchDone) and not self.blocks:
+            self.fill()
+            print("full", flush=True)
+
+
+def main(output: Path, full: str = "") -> int:
+    """Trains; returns the exit code of the command line."""
+    base, ballast = wide_base(), Ballast()
+    if full == "start":
+        ballast.fill()
+        print("full", flush=True)
+    try:
+        trainer(base, output, listener=ballast if full == "step" else None).fit()
+    except LoraFusionError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    trainer(wide_base(), Path(sys.argv[1])).fit()
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
