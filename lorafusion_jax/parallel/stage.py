@@ -119,7 +119,7 @@ class StageModel:
             part = self._adapters_at(place, adapters)
             args = (x, part, weights[place], inputs, first_layer + place)
             x, pullback = self._vjp(place, *args)
-            kept = pullback.opaque_residuals
+            kept = _not_empty(pullback.opaque_residuals)
             ring = [put_at(whole, one, at) for whole, one in zip(ring, kept, strict=True)]
             # XLA takes a write for a new ring and puts it off: without the barrier what all layers
             # keep exists twice at the end of the forward.
@@ -147,7 +147,11 @@ class StageModel:
             pullback = jax.eval_shape(partial(self._vjp, place), *args)[1]
             # As above: reads of all layers would come first.
             dy, ring = lax.optimization_barrier((dy, rings[place]))
-            pullback.opaque_residuals = [whole[at] for whole in ring]
+            waiting = iter(whole[at] for whole in ring)
+            pullback.opaque_residuals = [
+                next(waiting) if shape.size else jnp.zeros(shape.shape, shape.dtype)
+                for shape in pullback.opaque_residuals
+            ]
             # The stage's input stands for that of any layer: only the first one needs its value.
             pullback.args_res = list(args)
             dy, found = pullback(dy)[:2]
@@ -186,7 +190,8 @@ class StageModel:
         def keep(place, x, weights, batch, bank, number):
             part = self._adapters_at(place, {"a": bank.a, "b": bank.b})
             inputs = self.inputs(batch, bank, train=True)
-            return self._vjp(place, x, part, weights, inputs, number)[1].opaque_residuals
+            kept = self._vjp(place, x, part, weights, inputs, number)[1].opaque_residuals
+            return _not_empty(kept)
 
         return hidden, [
             jax.eval_shape(partial(keep, place), hidden, weights, batch, bank, number)
@@ -280,6 +285,11 @@ def apply_final_norm(
     structure = nnx.eval_shape(lambda: final_norm(config, dtype=weight.dtype))
     leaves: dict[tuple, nnx.Variable] = {("weight",): nnx.Param(weight)}
     return nnx.merge(nnx.split(structure)[0], nnx.from_flat_state(leaves))(x)
+
+
+def _not_empty(arrays: Sequence[Array]) -> list[Array]:
+    """Leaves out arrays of no elements: XLA's partitioner dies of them."""
+    return [array for array in arrays if array.size]
 
 
 def policies_at(remat: Remat | Sequence[Remat], places: int) -> tuple[Remat, ...]:
