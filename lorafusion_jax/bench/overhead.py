@@ -2,8 +2,9 @@
 
 Four measured parts, as milliseconds per microbatch. The training loop's own order is run (packed
 ahead by a thread, two microbatches in flight) and beside it the same microbatches that lie on the
-device already, without updates; then updates alone. What the loop takes beyond the other two is the
-host's: packing that was late, transfers, dispatch, reports.
+device already, once without updates and once with several in place of each: the difference is what
+an update costs in between steps, where its dispatch is hidden. What the loop takes beyond steps and
+updates is the host's: packing that was late, transfers, dispatch, reports.
 """
 
 import statistics
@@ -18,6 +19,9 @@ from lorafusion_jax.train.batch import PackedBatch
 from lorafusion_jax.train.feed import Feed
 from lorafusion_jax.train.loop import AHEAD
 from lorafusion_jax.train.outcome import IN_FLIGHT
+
+_UPDATES = 8
+"""Updates in place of one: their time must stand out from the noise of the steps."""
 
 type Make = Callable[[int], PackedBatch]
 
@@ -45,9 +49,10 @@ class Overhead(NamedTuple):
         loop_ms: wall time of the training loop.
         step_ms: forward and backward pass alone.
         padding_ms: of it, the share of the padding rows.
-        optimizer_ms: updates.
+        optimizer_ms: updates, in between steps.
         host_ms: what the loop takes beyond step and updates.
         plan_ms: planning, spread over the plan's microbatches.
+        update_ms: one update alone, one after the other, dispatch included; in no sum.
     """
 
     loop_ms: float
@@ -56,6 +61,7 @@ class Overhead(NamedTuple):
     optimizer_ms: float
     host_ms: float
     plan_ms: float
+    update_ms: float
 
     @property
     def share(self) -> float:
@@ -112,7 +118,7 @@ def measure_overhead(
     plan_seconds: float,
     rounds: int = 2,
 ) -> Overhead:
-    """Measures the parts; loop, step and update take turns, because a hot GPU slows down.
+    """Measures the parts; all take turns, because a hot GPU slows down.
 
     Args:
         program: the compiled step, warmed up.
@@ -122,23 +128,37 @@ def measure_overhead(
         plan_seconds: of planning per microbatch of the plan.
         rounds: turns.
     """
-    batches = [jax.device_put(make(index)) for index in range(count)]
-    ends = [batch.batch_end for batch in batches if np.any(batch.batch_end)]
-    loops, steps, updates = [], [], []
+    made = [make(index) for index in range(count)]
+    ends = [bool(np.any(batch.batch_end)) for batch in made]
+    batches = jax.device_put(made)
+
+    def run(updates: int, *, steps: bool = True) -> None:
+        for batch, ended in zip(batches, ends, strict=True):
+            if steps:
+                program.step(batch)
+            for _ in range(updates if ended else 0):
+                program.update(batch.batch_end)
+
+    kinds: dict[str, Callable[[], object]] = {
+        "step": lambda: run(0),
+        "many": lambda: run(_UPDATES),
+        "alone": lambda: run(1, steps=False),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ("loop", *kinds)}
     for _ in range(rounds):
-        loops.append(run_loop(program, make, count))
-        steps.append(_timed(program, lambda: [program.step(batch) for batch in batches]))
-        updates.append(_timed(program, lambda: [program.update(end) for end in ends]))
-    loop_ms, step_ms, optimizer_ms = (
-        1e3 * statistics.median(seconds) / count for seconds in (loops, steps, updates)
-    )
+        taken["loop"].append(run_loop(program, make, count))
+        for name, call in kinds.items():
+            taken[name].append(_timed(program, call))
+    ms = {name: 1e3 * statistics.median(seconds) / count for name, seconds in taken.items()}
+    optimizer_ms = max(0.0, ms["many"] - ms["step"]) / _UPDATES
     return Overhead(
-        loop_ms,
-        step_ms,
-        padding * step_ms,
-        optimizer_ms,
-        max(0.0, loop_ms - step_ms - optimizer_ms),
-        1e3 * plan_seconds,
+        loop_ms=ms["loop"],
+        step_ms=ms["step"],
+        padding_ms=padding * ms["step"],
+        optimizer_ms=optimizer_ms,
+        host_ms=max(0.0, ms["loop"] - ms["step"] - optimizer_ms),
+        plan_ms=1e3 * plan_seconds,
+        update_ms=ms["alone"] * count / max(1, sum(ends)),
     )
 
 

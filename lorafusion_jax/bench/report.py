@@ -127,6 +127,7 @@ TABLES = {
                 Column("optimizer_ms", "optimizer", ".2f"),
                 Column("host_ms", "host", ".2f"),
                 Column("overhead", "together", ".1%"),
+                Column("update_ms", "an update alone", ".1f"),
                 Column("compile_cold_seconds", "s to compile", ".1f"),
                 Column("compile_cached_seconds", "from the cache", ".1f"),
             ),

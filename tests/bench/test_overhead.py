@@ -65,13 +65,14 @@ def test_each_part_is_charged_for_what_it_takes(packed):
     ends = sum(bool(np.any(packed.make(index).batch_end)) for index in range(COUNT))
     slow = Slowed(packed, update=0.05).measure()
     assert slow.optimizer_ms - before.optimizer_ms > 40 * ends / COUNT
-    assert slow.host_ms < 25 and slow.step_ms < 40
-    slow = Slowed(packed, make=0.05).measure()  # longer than all else: it cannot hide
-    assert slow.host_ms > 25 and slow.optimizer_ms < 25 and slow.share > 0.5
+    assert slow.update_ms > 50 and slow.share > 0.2
+    assert slow.optimizer_ms > max(slow.host_ms, slow.step_ms)
+    late = Slowed(packed, make=0.05).measure()  # longer than all else: it cannot hide
+    assert late.host_ms > max(25, 2 * late.optimizer_ms) and late.share > 0.5
     slow = Slowed(packed, step=0.05).measure()
-    assert slow.step_ms > 50 and slow.host_ms < 25
+    assert slow.step_ms > 50 and slow.host_ms < late.host_ms
     # Packing that is faster than the step costs nothing: the thread is ahead.
-    assert Slowed(packed, step=0.05, make=0.02).measure().host_ms < 15
+    assert Slowed(packed, step=0.05, make=0.02).measure().host_ms < late.host_ms / 2
 
 
 def test_padding_and_planning_are_parts_too(packed):
@@ -80,7 +81,7 @@ def test_padding_and_planning_are_parts_too(packed):
     parts = found.padding_ms + found.optimizer_ms + found.host_ms + found.plan_ms
     assert found.share == pytest.approx(parts / (found.loop_ms + 4.0)) and found.share > 0.2
     assert found.columns()["overhead"] == found.share
-    met = Overhead(100.0, 97.0, 1.5, 1.0, 0.5, 0.2)
+    met = Overhead(100.0, 97.0, 1.5, 1.0, 0.5, 0.2, 9.0)  # dispatch that is hidden does not count
     assert met.share < 0.04 < met._replace(host_ms=2.0).share  # the bar tells them apart
 
 
