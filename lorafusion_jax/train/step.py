@@ -177,6 +177,10 @@ def update_step(
         adapters_of(bank), state.opt, {"a": a, "b": b}, state.loss, ended, hyper
     )
 
+    # The accumulators are emptied in place, once the update has read them: without this order XLA
+    # keeps copies of most of them for it.
+    params, grads = jax.lax.optimization_barrier((params, state.grads))
+
     def emptied(x):
         return jnp.where(ended.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
 
@@ -184,7 +188,7 @@ def update_step(
     state = TrainState(
         bank=bank._replace(a=params["a"], b=params["b"]),
         opt=opt,
-        grads=jax.tree.map(emptied, state.grads),
+        grads=jax.tree.map(emptied, grads),
         loss=emptied(state.loss),
         tokens=emptied(state.tokens),
     )

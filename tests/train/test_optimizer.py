@@ -9,11 +9,13 @@ import pytest
 from lorafusion_jax.train.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
+    Adapters,
     Hyper,
     gated_update,
     init,
     learning_rate,
     reset_slot,
+    slot_norms,
 )
 from tests.tolerance import assert_bit_equal, assert_ulp
 
@@ -252,3 +254,16 @@ def test_lora_plus_multiplies_the_rate_of_b_alone(rng, kind):
     for path, step in plain["b"].items():
         assert_bit_equal(plus["b"][path][0], step[0])
         np.testing.assert_allclose(plus["b"][path][1:], 4 * step[1:], rtol=1e-4, atol=1e-6)
+
+
+def test_slot_norms_are_those_of_the_whole_gradient(rng):
+    """Stacks of other widths, odd ones among them, and a slot that is not finite."""
+    grads: Adapters = {
+        "a": {"q": jnp.asarray(rng.normal(size=(3, 4, 48)), jnp.float32)},
+        "b": {"q": jnp.asarray(rng.normal(size=(3, 4, 7)), jnp.float32).at[1, 2, 3].set(jnp.nan)},
+    }
+    norms = slot_norms(grads)
+    for slot in (0, 2):
+        whole = np.concatenate([np.ravel(x[slot]) for x in jax.tree.leaves(grads)])
+        np.testing.assert_allclose(norms[slot], np.linalg.norm(whole), rtol=1e-6)
+    assert np.isnan(norms[1])
