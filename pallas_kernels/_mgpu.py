@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.utils import inline_ptx
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import SMEM as SMEM
 from jax.experimental.pallas.mosaic_gpu import Barrier as Barrier
@@ -35,6 +37,8 @@ from jax.experimental.pallas.mosaic_gpu import set_max_registers as set_max_regi
 from jax.experimental.pallas.mosaic_gpu import wait_smem_to_gmem as wait_smem_to_gmem
 from jax.experimental.pallas.mosaic_gpu import wgmma as wgmma
 from jax.experimental.pallas.mosaic_gpu import wgmma_wait as wgmma_wait
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
 MEMORY_WARPGROUP = 2
 HOPPER = (9, 0)
@@ -188,7 +192,7 @@ def _fence_proxies() -> None:
 
     @plgpu.inline_mgpu()
     def fence(_):
-        inline_ptx("fence.proxy.async;", has_side_effects=True)
+        mosaic_utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
 
     fence()  # pyright: ignore[reportCallIssue]
 
@@ -255,6 +259,41 @@ def warp_specialize(memory: Callable[[], None], compute: Callable[[jax.Array], N
     def _():
         set_max_registers(_COMPUTE_REGISTERS, action="increase")
         compute(warpgroup)
+
+
+def keep_pairs(value: jax.Array, kept: jax.Array, layout) -> jax.Array:
+    """Zeroes elements of a [rows, 64] value of 16 bits, by pairs as they lie in registers.
+
+    Args:
+        value: in the layout given.
+        kept: [rows, 16] of uint32 in the same layout: the top bit of byte b of column c says
+            whether column 16 b + c is kept.
+        layout: of both, of pairs of columns in tiles of 8.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, layout),
+        return_type=plgpu.ShapeDtypeStruct(value.shape, value.dtype, layout=layout),
+    )
+    def keep(_, value, kept):
+        word = ir.IntegerType.get_signless(32)
+        registers = np.empty_like(value.registers)
+        for index, pair in np.ndenumerate(value.registers):
+            columns = index[1]  # which 8 of the 64
+            lanes = kept.registers[(index[0], columns % 2, *index[2:])]
+            first, second = (
+                vector.extract(lanes, [], ir.DenseI64ArrayAttr.get([lane])) for lane in range(2)
+            )
+            byte = columns // 2
+            # Each nibble copies the sign of a byte: of the first lane to the low half, and so on.
+            signs = 0x11 * (8 | byte) + 0x1100 * (8 | 4 | byte)
+            mask = mosaic_utils.prmt(first, second, mosaic_utils.c(signs, word))
+            registers[index] = mosaic_utils.bitcast(
+                arith.andi(mosaic_utils.bitcast(pair, word), mask), pair.type
+            )
+        return FragmentedArray(_registers=registers, _layout=value.layout, _is_signed=None)
+
+    return keep(value, kept)  # pyright: ignore[reportCallIssue]
 
 
 def accumulate(shape: tuple[int, int], steps: Callable, start=None) -> jax.Array:

@@ -14,20 +14,23 @@ from pallas_kernels.dropout import lowbias32
 
 _GOLDEN = 0x9E3779B1
 _GROUP = 64  # columns that share 16 hashes, one byte each
+_TOP_BITS = 0x80808080
 
 
 class RowMask(NamedTuple):
-    """What the mask needs per row, as vectors in the rows of a register layout.
+    """What the mask of some rows needs: vectors over the rows of a register layout, and scalars.
 
     Attributes:
         start: row key plus mixed site.
         live: all ones, or zeros for a padding row.
-        threshold: drop threshold in the top byte; one more than zero for a padding row.
+        low: the low seven bits of the drop threshold, in each byte.
+        either: all ones for a threshold below 128, else zeros.
     """
 
     start: jax.Array
     live: jax.Array
-    threshold: jax.Array
+    low: jax.Array
+    either: jax.Array
 
 
 def load_keys(key_ref, layout: Any = mgpu.Layout.WGMMA) -> jax.Array:
@@ -37,13 +40,13 @@ def load_keys(key_ref, layout: Any = mgpu.Layout.WGMMA) -> jax.Array:
 
 def row_mask(keys: jax.Array, site, threshold) -> RowMask:
     """Prepares the mask of rows with the given keys, at a site, for a rate's threshold."""
-    padding = keys == jnp.uint32(0)
     ones, zeros = jnp.full_like(keys, 0xFFFFFFFF), jnp.zeros_like(keys)
-    top = jnp.full_like(keys, lax.convert_element_type(threshold, jnp.uint32) << jnp.uint32(24))
+    threshold = lax.convert_element_type(threshold, jnp.uint32)
     return RowMask(
         keys + lowbias32(site),
-        jnp.where(padding, zeros, ones),
-        jnp.where(padding, jnp.full_like(keys, 1 << 24), top),
+        jnp.where(keys == jnp.uint32(0), zeros, ones),
+        (threshold & jnp.uint32(127)) * jnp.uint32(0x01010101),
+        jnp.where(threshold < jnp.uint32(128), jnp.uint32(0xFFFFFFFF), jnp.uint32(0)),
     )
 
 
@@ -51,26 +54,19 @@ def _columns(vector: jax.Array, columns: int) -> jax.Array:
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), (0,))
 
 
-def _hash_bytes(mask: RowMask, first_column, columns: int, layout: Any = mgpu.Layout.WGMMA):
-    """Yields for each group of 64 columns the compared tops of its four bytes, [rows, 16] each."""
-    rows = mask.start.shape[0]
+def _kept(mask: RowMask, first_column, columns: int, layout: Any):
+    """Yields for each group of 64 columns a [rows, 16] array: the top bit of byte b of lane l says
+    whether column 16 b + l is kept."""
     start, live = (_columns(vector, 16) for vector in (mask.start, mask.live))
-    lanes = mgpu.broadcasted_iota(jnp.uint32, (rows, 16), 1, layout=layout)
+    lanes = mgpu.broadcasted_iota(jnp.uint32, start.shape, 1, layout=layout)
     first = lax.convert_element_type(first_column, jnp.uint32) // jnp.uint32(4)
     counter = (lanes + first) * jnp.uint32(_GOLDEN)
     for group in range(columns // _GROUP):
-        h = lowbias32(start ^ (counter + jnp.uint32(group * 16 * _GOLDEN & 0xFFFFFFFF))) & live
-        yield [h << jnp.uint32(24 - 8 * byte) if byte < 3 else h for byte in range(4)]
-
-
-def _select(keeps, value: jax.Array) -> jax.Array:
-    """Zeroes what `keeps` drops; it gives 16 columns at a time, in order."""
-    zero, rows = jnp.zeros((), value.dtype), value.shape[0]
-    pieces = [
-        jnp.where(keep, lax.slice(value, (0, 16 * i), (rows, 16 * i + 16)), zero)
-        for i, keep in enumerate(keeps)
-    ]
-    return lax.concatenate(pieces, 1)
+        h = lowbias32(start ^ (counter + jnp.uint32(group * 16 * _GOLDEN & 0xFFFFFFFF)))
+        # All four bytes at once. Top bits of `over`: the low seven bits reach the threshold's. A
+        # byte reaches a threshold below 128 by either top bit, another one by both.
+        over = (h | jnp.uint32(_TOP_BITS)) - mask.low
+        yield ((h & over) | ((h | over) & mask.either)) & live
 
 
 def drop(
@@ -84,9 +80,19 @@ def drop(
         first_column: column of the masked input that value starts at, a multiple of 64.
         layout: of value.
     """
-    threshold = _columns(mask.threshold, 16)
-    groups = _hash_bytes(mask, first_column, value.shape[1], layout)
-    return _select((top >= threshold for tops in groups for top in tops), value)
+    (rows, columns), pieces = value.shape, []
+    packed = value.dtype.itemsize == 2 and not mgpu.interpreting()
+    for group, kept in enumerate(_kept(mask, first_column, columns, layout)):
+        low = group * _GROUP
+        if packed:
+            piece = lax.slice(value, (0, low), (rows, low + _GROUP))
+            pieces.append(mgpu.keep_pairs(piece, kept, layout))
+            continue
+        for byte in range(4):
+            piece = lax.slice(value, (0, low + 16 * byte), (rows, low + 16 * byte + 16))
+            bit = kept & jnp.uint32(0x80 << 8 * byte)
+            pieces.append(jnp.where(bit != jnp.uint32(0), piece, jnp.zeros((), value.dtype)))
+    return lax.concatenate(pieces, 1)
 
 
 def clear_padding(value: jax.Array, mask: RowMask) -> jax.Array:

@@ -324,7 +324,8 @@ def test_gradients_inside_shard_map(kind):
         local, mesh=mesh, in_specs=(rows, rows, rows), out_specs=(rows, whole), check_vma=False
     )
     args = (p.x, p.routing.tile_adapter, p.routing.row_key)
-    _same_bits(jax.jit(sharded)(*args), jax.jit(local)(*args))
+    placed = jax.device_put(args, jax.sharding.NamedSharding(mesh, rows))
+    _same_bits(jax.jit(sharded)(*placed), jax.jit(local)(*args))
 
 
 def test_the_default_implementation_here_is_ours():
