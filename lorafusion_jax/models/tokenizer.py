@@ -3,6 +3,7 @@
 `transformers` (without torch) and `tokenizers` are imported when a tokenizer is asked for.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,15 +29,14 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     Raises:
         ModelError: tokenizer.json is missing or cannot be read.
     """
-    from transformers import PreTrainedTokenizerFast
-
+    fast_class = _import_fast_class()
     if not (directory / "tokenizer.json").is_file():
         raise ModelError(
             f"{directory}: no tokenizer.json; save the tokenizer with transformers' "
             "AutoTokenizer(...).save_pretrained to get one"
         )
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        return fast_class.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"{directory}: cannot read the tokenizer: {error}") from error
 
@@ -55,7 +55,6 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokeni
         ModelError: the kind of tokenizer is not supported, or metadata is missing.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
 
     model, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or rule not in _RULES:
@@ -84,7 +83,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokeni
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         return None if index is None else tokens[index]
 
-    return PreTrainedTokenizerFast(
+    return _import_fast_class()(
         tokenizer_object=tokenizer,
         bos_token=token("bos"),
         eos_token=token("eos"),
@@ -94,6 +93,19 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> "PreTrainedTokeni
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _import_fast_class() -> "type[PreTrainedTokenizerFast]":
+    """Imports `transformers`, which says then that torch is missing: no news here."""
+    key = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    given = os.environ.get(key)
+    os.environ[key] = given or "1"
+    try:
+        from transformers import PreTrainedTokenizerFast
+    finally:
+        if given is None:
+            del os.environ[key]
+    return PreTrainedTokenizerFast
 
 
 def _words(rule: str):

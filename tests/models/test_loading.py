@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -176,3 +177,15 @@ def test_tokenizer_libraries_are_imported_lazily():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_a_library_that_is_not_needed_is_no_news():
+    """Of Python too: the command line sets the same for the whole process."""
+    code = (
+        "import os; from lorafusion_jax.models import tokenizer; tokenizer._import_fast_class();"
+        "print(os.environ.get('TRANSFORMERS_NO_ADVISORY_WARNINGS'))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    words = [sys.executable, "-c", code]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True, env=env)
+    assert "PyTorch" not in ran.stderr + ran.stdout and ran.stdout.strip() == "None"
