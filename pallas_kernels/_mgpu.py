@@ -161,6 +161,11 @@ class Window:
         return self._part(slot)
 
 
+def have_flags() -> bool:
+    """Whether blocks can wait for each other: not in the interpreter, unless there is only one."""
+    return not interpreting() or num_sms() == 1
+
+
 class Flags:
     """Counters in memory by which blocks tell each other that data is there.
 

@@ -8,6 +8,7 @@ _SMS = 132
 _TILE_ROWS = 128
 _SMEM_BYTES = 231_424  # of 232,448; the rest is barriers and alignment
 _SMEM_TARGET = 220_000  # what the heuristics below stay under
+_TILE_US = 42 / 4096  # time of a tile of a product, per column that it contracts over
 
 
 def _multiple(name: str, value: int, of: int) -> None:
@@ -171,14 +172,66 @@ def down_tiles(shape: Shape) -> DownTiles:
     return DownTiles(tile_k, stages, splits)
 
 
+class Pass(NamedTuple):
+    """A skinny pass that a product may absorb, at a dropout rate of 0.1.
+
+    Attributes:
+        jobs: parts that it is done in; a block does a whole one.
+        job_us: time of one.
+        alone_us: time of the kernel of its own, with what else it needs and the launches.
+    """
+
+    jobs: int
+    job_us: float
+    alone_us: float
+
+
+def jobs_per_tile(length: int, contracted: int) -> int:
+    """Jobs over 128 x length elements that a block with a tile less takes before others take any.
+
+    Args:
+        length: of a job.
+        contracted: contraction size of a tile.
+    """
+    return max(1, contracted // length)
+
+
+def absorbing_pays(work: Pass, length: int, contracted: int, tiles: int) -> bool:
+    """Whether a product of so many tiles takes less time with the pass than the two one by one.
+
+    The blocks with a tile less take the first jobs, all blocks the rest: see `gemm.share_jobs`.
+
+    Args:
+        work: the pass.
+        length: of a job.
+        contracted: contraction size of a tile.
+        tiles: of the product's outputs.
+    """
+    light = _SMS - tiles % _SMS
+    first = min(work.jobs, light * jobs_per_tile(length, contracted))
+    rest = -(-(work.jobs - first) // _SMS) * work.job_us
+    missing = contracted * _TILE_US if light < _SMS else 0.0
+    return max(0.0, -(-first // light) * work.job_us - missing) + rest < work.alone_us
+
+
+def _tiles(rows: int, widths: tuple[int, ...]) -> int:
+    return -(-rows // _TILE_ROWS) * sum(-(-width // 256) for width in widths)
+
+
 def base_up_tiles(shape: Shape) -> GemmTiles:
     """Returns the sizes of `base_up`."""
-    return GemmTiles("m", minor="m", width=16)
+    share = shape.rows * shape.k / 8192 / 4096
+    work = Pass(-(-shape.rows // _TILE_ROWS), 57 * shape.k / 4096, 23.3 * share + 3)
+    pays = absorbing_pays(work, shape.k, shape.k, _tiles(shape.rows, shape.widths))
+    return GemmTiles("m", minor="m", width=16, absorb=pays)
 
 
 def dx_tiles(shape: Shape) -> GemmTiles:
     """Returns the sizes of `dx`."""
-    return GemmTiles()
+    share = shape.rows * shape.k / 8192 / 4096
+    work = Pass(-(-shape.k // 128), 80 * shape.rows / 8192, 31 * share + 5)
+    tiles = _tiles(shape.rows, (shape.k,))
+    return GemmTiles(absorb=absorbing_pays(work, shape.rows, sum(shape.widths), tiles))
 
 
 def grad_up_tiles(shape: Shape) -> GradUpTiles:

@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.segments import TILE_ROWS
-from pallas_kernels.tuning import GemmTiles
+from pallas_kernels.tuning import GemmTiles, jobs_per_tile
 
 TILE_M, TILE_N, TILE_K = TILE_ROWS, 256, 64
 _PIECE = 64  # rows and columns of a staged piece of output
@@ -92,10 +92,6 @@ class Jobs(NamedTuple):
     job: Callable[[jax.Array], jax.Array]
 
 
-# Time of a pass over 128 x K elements of X with its mask, in tiles that contract over K.
-_PASS = 0.5
-
-
 def share_jobs(jobs: int, length: int, contracted: int, tiles: int, blocks: int) -> Jobs:
     """Returns this block's jobs. Those that have a tile less than others take them first.
 
@@ -107,7 +103,7 @@ def share_jobs(jobs: int, length: int, contracted: int, tiles: int, blocks: int)
         blocks: that walk over them.
     """
     light = blocks - tiles % blocks  # they are the last ones, or all
-    early = min(jobs, light * max(1, int(contracted / (_PASS * length))))
+    early = min(jobs, light * jobs_per_tile(length, contracted))
     block = lax.axis_index("sm")
     spare = block - (blocks - light)
     own = lax.div(early - spare + (light - 1), jnp.int32(light))

