@@ -119,7 +119,7 @@ class StageModel:
             part = self._adapters_at(place, adapters)
             args = (x, part, weights[place], inputs, first_layer + place)
             x, pullback = self._vjp(place, *args)
-            kept = _not_empty(pullback.opaque_residuals)
+            kept = _waiting(place, pullback)
             ring = [put_at(whole, one, at) for whole, one in zip(ring, kept, strict=True)]
             # XLA takes a write for a new ring and puts it off: without the barrier what all layers
             # keep exists twice at the end of the forward.
@@ -147,13 +147,14 @@ class StageModel:
             pullback = jax.eval_shape(partial(self._vjp, place), *args)[1]
             # As above: reads of all layers would come first.
             dy, ring = lax.optimization_barrier((dy, rings[place]))
-            waiting = iter(whole[at] for whole in ring)
+            waiting = [whole[at] for whole in ring]
+            given = waiting.pop() if _input_waits(place, pullback) else x
+            kept = iter(waiting)
             pullback.opaque_residuals = [
-                next(waiting) if shape.size else jnp.zeros(shape.shape, shape.dtype)
+                next(kept) if shape.size else jnp.zeros(shape.shape, shape.dtype)
                 for shape in pullback.opaque_residuals
             ]
-            # The stage's input stands for that of any layer: only the first one needs its value.
-            pullback.args_res = list(args)
+            pullback.args_res = [given, *args[1:]]
             dy, found = pullback(dy)[:2]
             grads = {side: grads[side] | found[side] for side in grads}
         return dy, grads
@@ -190,8 +191,7 @@ class StageModel:
         def keep(place, x, weights, batch, bank, number):
             part = self._adapters_at(place, {"a": bank.a, "b": bank.b})
             inputs = self.inputs(batch, bank, train=True)
-            kept = self._vjp(place, x, part, weights, inputs, number)[1].opaque_residuals
-            return _not_empty(kept)
+            return _waiting(place, self._vjp(place, x, part, weights, inputs, number)[1])
 
         return hidden, [
             jax.eval_shape(partial(keep, place), hidden, weights, batch, bank, number)
@@ -201,8 +201,7 @@ class StageModel:
     def _vjp(self, place: int, *args) -> tuple[Array, Any]:
         """One layer's output and its pullback."""
         # Arguments leave holes among the residuals, to be filled by the backward; jax knows them by
-        # identity, so each layer's weights must be arrays of their own. The first layer's input is
-        # in the ring of the stage's inputs.
+        # identity, so each layer's weights must be arrays of their own.
         saveable = (place > 0, False, False, False, False)
         moving = (True, True, False, False, False)
         layer = partial(self._run, place, self.remat[place])
@@ -287,9 +286,19 @@ def apply_final_norm(
     return nnx.merge(nnx.split(structure)[0], nnx.from_flat_state(leaves))(x)
 
 
-def _not_empty(arrays: Sequence[Array]) -> list[Array]:
-    """Leaves out arrays of no elements: XLA's partitioner dies of them."""
-    return [array for array in arrays if array.size]
+def _waiting(place: int, pullback: Any) -> list[Any]:
+    """What a layer's backward needs, in the order of its rings: residuals, and perhaps its input.
+
+    jax keeps an argument that the backward reads as it is apart from the residuals. Arrays of no
+    elements are left out: XLA's partitioner dies of them.
+    """
+    kept = [array for array in pullback.opaque_residuals if array.size]
+    return [*kept, pullback.args_res[0]] if _input_waits(place, pullback) else kept
+
+
+def _input_waits(place: int, pullback: Any) -> bool:
+    """Whether a layer's input must wait; the first one's is in the ring of the stage's inputs."""
+    return place > 0 and hasattr(pullback.args_res[0], "shape")
 
 
 def policies_at(remat: Remat | Sequence[Remat], places: int) -> tuple[Remat, ...]:

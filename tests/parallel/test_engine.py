@@ -22,12 +22,12 @@ from tests.parallel.mix import (
 from tests.tolerance import assert_bit_equal, assert_error_ratio
 
 # Together they have: both orders, saved and recomputed residuals, uneven layers, both axis types.
-PIPELINE = {"data": 1, "stage": 4}
+PIPELINE = {"data": 1, "stage": 4, "residuals": "recompute"}
 BOTH = {
     "data": 2,
     "stage": 2,
     "order": "bfh",
-    "residuals": "recompute",
+    "remat": ("none", "full", "attention"),
     "layers": (3, 1),
     "axis_kind": "explicit",
 }
