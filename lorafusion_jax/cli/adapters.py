@@ -30,7 +30,7 @@ def import_adapter(
         Path | None, typer.Option(help="Add the job at the end of this configuration.")
     ] = None,
 ) -> None:
-    """Show what a PEFT adapter holds, and the job section that goes on training it."""
+    """Print the job that goes on from a PEFT adapter. Shows what the adapter holds."""
     from lorafusion_jax.lora.peft_io import load_peft
 
     loaded = load_peft(adapter)

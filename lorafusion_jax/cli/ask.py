@@ -36,7 +36,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of drawing.")] = 0,
 ) -> None:
-    """Answer prompts with adapters, and the base, side by side in one batch."""
+    """Answer prompts with adapters, side by side. --base asks the base model too."""
     from lorafusion_jax.cli.answers import adapter_folder, load_adapters, side_by_side
     from lorafusion_jax.cli.session import start_jax
     from lorafusion_jax.generate import BASE_SLOT
@@ -81,7 +81,7 @@ def evaluate(
     job: JobsOption = None,
     checkpoint: CheckpointOption = "best",
 ) -> None:
-    """Held-out loss, perplexity and exact match: base against adapter."""
+    """Evaluate adapters on held-out rows. Loss, perplexity and exact match, against the base's."""
     from lorafusion_jax.cli.answers import adapter_folder
     from lorafusion_jax.cli.heldout import evaluate_adapters
     from lorafusion_jax.cli.session import start_jax

@@ -54,7 +54,7 @@ def export(
         bool, typer.Option("--verify", help="Reload, and compare logits with a merged model.")
     ] = False,
 ) -> None:
-    """Write PEFT adapters or merged models, and print the commands that serve them."""
+    """Write PEFT adapters or merged models. Prints the commands that serve them."""
     from lorafusion_jax.cli.answers import adapter_folder
     from lorafusion_jax.lora.peft_io import load_peft
     from lorafusion_jax.train.run_folder import open_run

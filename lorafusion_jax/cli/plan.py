@@ -38,7 +38,7 @@ def plan(
         Path | None, typer.Option(help="Draw the simulated run here: .html or .png.")
     ] = None,
 ) -> None:
-    """Show how samples are packed into microbatches, against training one job at a time."""
+    """Show how samples are packed. Compares with training one job at a time."""
     from lorafusion_jax.train.capacity import cost_of_run
     from lorafusion_jax.train.schedule import make_schedule, padding_share
     from lorafusion_sched import simulate, to_json

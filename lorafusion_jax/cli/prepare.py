@@ -76,7 +76,7 @@ def prepare(
 
 
 def check(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Validate configuration and data, and show what training would do; writes nothing."""
+    """Validate configuration and data; writes nothing. Shows what training would do."""
     from lorafusion_jax.cli.progress import bytes_text
     from lorafusion_jax.cli.training import size_of
 

@@ -44,7 +44,7 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a commented lorafusion.yaml, and the demo's data with --demo."""
+    """Write a commented lorafusion.yaml. With --demo, also the demo's data."""
     path = directory / CONFIG_NAME
     if demo and jobs is not None:
         raise ConfigError("--demo has four jobs of its own: leave out --jobs, or --demo")
@@ -73,7 +73,7 @@ def _init_demo(directory: Path, *, replace: bool) -> None:
 
 
 def schema() -> None:
-    """Print the JSON schema of the configuration, for editors."""
+    """Print the configuration's JSON schema, for editors."""
     import json
 
     from lorafusion_jax.config.json_schema import config_schema
@@ -82,7 +82,7 @@ def schema() -> None:
 
 
 def env() -> None:
-    """Print versions, devices and which kernels this machine will use."""
+    """Print versions, devices and kernels of this machine."""
     import platform
 
     from lorafusion_jax.bench.results import versions
@@ -96,7 +96,7 @@ def env() -> None:
 
 
 def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Benchmark.")]) -> int:
-    """Run a benchmark of this machine: kernels, layer, schedule, training, ..."""
+    """Run a benchmark of this machine. NAME is kernels, layer, schedule, training, ..."""
     from lorafusion_jax import bench as benchmarks
 
     return benchmarks.run(name, context.args)

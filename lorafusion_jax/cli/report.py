@@ -11,7 +11,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report(run: RunArgument) -> None:
-    """Write report.html into the run folder: losses, packing, samples; opens from disk."""
+    """Write a run's page, report.html. It shows losses, packing, samples, and opens from disk."""
     from lorafusion_jax.report import write_report
     from lorafusion_jax.train.run_folder import open_run
 

@@ -25,7 +25,7 @@ def status(
     run: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Show how far a running or finished run is, from its files."""
+    """Show how far a running or finished run is."""
     from lorafusion_jax.cli.run_status import run_status
     from lorafusion_jax.train.run_folder import open_run
 
@@ -92,7 +92,7 @@ def _row(name: str, job: dict[str, Any]) -> tuple[str, ...]:
 
 
 def plot(run: RunArgument) -> None:
-    """Draw loss.png of each job and of all, and utilisation.png, into the run folder."""
+    """Draw a run's figures into its folder. Losses, of each job too, and utilisation."""
     from lorafusion_jax.train.run_folder import open_run
 
     for path in draw(open_run(run)):

@@ -44,7 +44,7 @@ def train(
     plain: PlainOption = False,
     samples: SamplesOption = 2,
 ) -> None:
-    """Train all jobs together; the same command again resumes."""
+    """Train all jobs together; run again to resume."""
     run = read_config(config, overrides, jobs=jobs, max_steps=max_steps, output=output)
     run_training(run, config, resume=resume, plain=plain, samples=samples)
 
@@ -62,7 +62,7 @@ def sweep(
     plain: PlainOption = False,
     samples: SamplesOption = 0,
 ) -> None:
-    """Train one job with every combination of values, together, and compare them.
+    """Train one job with all combinations of values. They train together and are compared.
 
     The same as a `sweep:` section in the job; other jobs are left out.
     """

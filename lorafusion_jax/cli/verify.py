@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def verify_checkpoint(path: PathArgument) -> None:
-    """Check every byte of a run's checkpoints, or of one of them; exit code 3 if one is damaged."""
+    """Check every byte of checkpoints. Exit code 3 if one is damaged."""
     from lorafusion_jax.train.checkpoint import Checkpoints
 
     one = path.name.isdecimal() and path.is_dir()

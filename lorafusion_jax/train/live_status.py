@@ -6,7 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from lorafusion_jax.train.events import Event, MicrobatchDone, RunEnded, StepDone
+from lorafusion_jax.train.events import (
+    CheckpointSaved,
+    Event,
+    MicrobatchDone,
+    RunEnded,
+    StepDone,
+)
 from lorafusion_jax.train.run_folder import RunFolder, write_text
 
 _EVERY_S = 1.0
@@ -41,7 +47,7 @@ class LiveStatus:
                 self._microbatch(event, now)
                 if now - self._written >= _EVERY_S:
                     self._write(now)
-            case RunEnded():
+            case CheckpointSaved() | RunEnded():  # a run that is stopped saves last of all
                 self._write(now)
 
     def _step(self, event: StepDone, now: float) -> None:

@@ -29,10 +29,12 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules); sys.exit(code)"
     )
     child = [sys.executable, "-c", code]
-    done = subprocess.run(child, env=CHILD, capture_output=True, text=True, timeout=60)
+    env = CHILD | {"COLUMNS": "80"}
+    done = subprocess.run(child, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     listed = [line.split()[0] for line in done.stdout.split("Commands:")[1].splitlines() if line]
     assert sorted(listed) == sorted(COMMANDS)
+    assert "..." not in done.stdout.split("Commands:")[1]  # each in a line, whole
 
 
 @pytest.mark.parametrize("command", COMMANDS)

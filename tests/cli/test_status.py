@@ -7,7 +7,7 @@ import pytest
 
 from lorafusion_jax.cli.run_status import run_status
 from lorafusion_jax.config import load_config
-from lorafusion_jax.train.events import MicrobatchDone, RunEnded, StepDone
+from lorafusion_jax.train.events import CheckpointSaved, MicrobatchDone, RunEnded, StepDone
 from lorafusion_jax.train.live_status import LiveStatus
 from lorafusion_jax.train.run_folder import RunFolder
 
@@ -154,7 +154,7 @@ def test_status_is_written_once_a_second_and_when_the_run_ends(run):
         listener(MicrobatchDone(i, 40, 10, 128))
         seen.append(run.live()["microbatch"])
     assert 7 <= len(set(seen)) <= 10 and seen[-1] < 30
-    listener(RunEnded(9.0, 300, None))
+    listener(CheckpointSaved(30, 0.1, 0.0, "checkpoints/30"))
     assert run.live()["microbatch"] == 30 and run.live()["tokens"] == 290
     (run.path / "status.json").write_text("{")
     assert run.live() == {} and run_status(run, 2000.0)["microbatch"] == 9  # unreadable: as before
