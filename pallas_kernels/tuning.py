@@ -47,7 +47,8 @@ class GemmTiles:
         minor: dimension of the outputs that neighbouring blocks walk along first.
         width: tiles in that dimension before the walk turns.
         absorb: whether the launch does another kernel's work, mostly in blocks that have a tile
-            less than others: `base_up` that of `down`, `dx` that of `grad_down`. Up to 64 ranks.
+            less than others: `base_up` that of `down`, `dx` that of `grad_down`. At most
+            32 ranks side by side for S, and 64 for dA.
     """
 
     split: Literal["m", "n"] = "n"
@@ -66,11 +67,8 @@ class GemmTiles:
             raise ValueError(f"staged={self.staged} must be 1, 2 or 4")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: one slot cannot be filled while it is read")
-        if self.absorb and self.stages > 2 * self.staged:  # A lies where outputs are staged
-            raise ValueError(
-                f"stages={self.stages} and staged={self.staged}: with absorb, at most twice as "
-                "many stages as staged pieces"
-            )
+        if self.absorb and self.stages % 2:
+            raise ValueError(f"stages={self.stages}: absorb takes an even number of slots")
         if self.smem_bytes > _SMEM_BYTES:
             raise ValueError(
                 f"stages={self.stages}, staged={self.staged} and absorb={self.absorb} take "

@@ -91,10 +91,12 @@ def _products(**change) -> dict[str, Sizes]:
 
 
 # What the lab book predicts something of.
+_SEPARATE, _BOTH = _products(), _products(absorb=True)
 VARIANTS: dict[str, dict[str, Sizes]] = {
-    "absorbed S": {"base_up": _products(absorb=True)["base_up"]},
-    "absorbed dA": {"dx": _products(absorb=True)["dx"]},
-    "both": _products(absorb=True),
+    "separate": _SEPARATE,
+    "absorbed S": {**_SEPARATE, "base_up": _BOTH["base_up"]},
+    "absorbed dA": {**_SEPARATE, "dx": _BOTH["dx"]},
+    "both": _BOTH,
 }
 
 

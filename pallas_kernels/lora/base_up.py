@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M, TILE_N
-from pallas_kernels.lora.s_pass import Operands, SPass, together_barrier
+from pallas_kernels.lora.s_pass import Operands, SPass, scratch
 from pallas_kernels.segments import Tiles, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
@@ -57,7 +57,7 @@ def base_up_with_s(
     Args:
         x: input rows.
         ws: frozen weights.
-        a: down-projections of all projections side by side in x's dtype, at most 64 ranks.
+        a: down-projections of all projections side by side in x's dtype, at most 32 ranks.
         b: up-projections, as for `base_up`.
         biases: frozen biases or None.
         rows: routing of the rows.
@@ -104,10 +104,7 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
             a_g, key_g, site_g = rest
             operands = Operands(x_g, a_g, table_g, key_g, site_g)
             tiles = gemm.tile_count(num_rows, widths)
-            s_pass = SPass(operands, s_gs, ring, staged, own[0], tiles, sms)
-
-        def first_step():
-            return jnp.int32(0) if s_pass is None else s_pass.steps
+            s_pass = SPass(operands, s_gs, ring, own, tiles, sms)
 
         def fetch(tile):
             return load_facts(table_g, tile)
@@ -142,7 +139,7 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
 
             if s_pass is not None:
                 s_pass.load()
-            walked, step = 0, first_step()
+            walked, step = 0, jnp.int32(0)
             for i in range(group):
                 walked, step = gemm.walk(
                     fetch, (num_rows, widths[i]), sizes, sms, walked, step, partial(visit, i=i)
@@ -170,7 +167,7 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
 
             if s_pass is not None:
                 s_pass.compute(warpgroup)
-            walked, step = 0, first_step()
+            walked, step = 0, jnp.int32(0)
             for i in range(group):
                 walked, step = gemm.walk(
                     fetch, (num_rows, widths[i]), sizes, sms, walked, step, partial(visit, i=i)
@@ -188,7 +185,7 @@ def _launch(x, ws, ss, a, b, biases, rows: Tiles, sizes: GemmTiles) -> tuple[Arr
             scratch=(
                 *gemm.ring_scratch(sizes, dtype, transposed=False),
                 gemm.epilogue_scratch(sizes, dtype),
-                *((together_barrier(),) if made else ()),
+                *(scratch(sizes) if made else ()),
             ),
             name="lora_base_up_with_s" if made else "lora_base_up",
         )(*inputs)

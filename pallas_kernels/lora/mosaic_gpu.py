@@ -144,7 +144,7 @@ def _forward_part(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Til
             ss += down(x, _side_by_side(some), rows, ranks, sizes_of_down)
         return base_up(x, ws, ss, b, biases, rows, sizes), ss
 
-    if sizes.absorb and _can_absorb(shape) and mgpu.have_flags():
+    if sizes.absorb and _can_absorb(shape, s_pass.MAX_RANKS) and mgpu.have_flags():
 
         def together(x, ws, a, b, biases, rows):
             return base_up_with_s(x, ws, _side_by_side(a), b, biases, rows, sizes)
@@ -216,7 +216,7 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     zeros = jnp.zeros((x.shape[0], unused), x.dtype)
     ds = jnp.concatenate([*(part.sum(0).astype(x.dtype) for part in parts), zeros], axis=1)
     transposed = jnp.pad(_side_by_side(a).transpose(0, 2, 1), ((0, 0), (0, 0), (0, unused)))
-    if sizes.absorb and _can_absorb(shape):
+    if sizes.absorb and _can_absorb(shape, da_pass.RANKS):
         dx, da = dx_with_da(dys, ws, ds, transposed, x, shape.ranks, rows, sizes)
     else:
         da = grad_down(x, ds, shape.ranks, rows, choose("grad_down", shape))
@@ -225,10 +225,9 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     return dx, [da[:, i : i + rank] for i in firsts], [db[:, :rank] for db in dbs]
 
 
-def _can_absorb(shape: Shape) -> bool:
-    """Whether products can do the skinny passes; K of one TMA tile would lose its column index."""
-    few = shape.ranks <= min(s_pass.MAX_RANKS, da_pass.RANKS)
-    return few and shape.k > _STEP and shape.k % _STEP == 0
+def _can_absorb(shape: Shape, ranks: int) -> bool:
+    """Whether products can do a skinny pass; K of one TMA tile would lose its column index."""
+    return shape.ranks <= ranks and shape.k > _STEP and shape.k % _STEP == 0
 
 
 def _shape(x: Array, ws: Weights, a: Stacks) -> Shape:

@@ -1,6 +1,6 @@
 """S = scale * drop(X) A^T at the head of `base_up`, by blocks of its persistent grid.
 
-A block makes S of whole row tiles before its own tiles of outputs, through the same ring, and
+A block makes S of whole row tiles before its own tiles of outputs, in the slots of their ring, and
 raises a flag per row tile. Whoever needs S of a row tile, at the end of its contraction over K,
 waits for the flag. That cannot stand still: making S waits for nothing but the block's own ring,
 and all blocks run at the same time, one on each multiprocessor.
@@ -12,25 +12,27 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.lora import gemm
 from pallas_kernels.lora.gemm import TILE_K, TILE_M
 from pallas_kernels.lora.mask import load_keys, mask_tile, row_mask
 from pallas_kernels.segments import read_facts
+from pallas_kernels.tuning import GemmTiles
 
-MAX_RANKS = 64  # of all projections: a piece of A fits in a staged piece of outputs
-_HALF = TILE_M // 2  # rows of a warpgroup
-_QUAD = 4  # ring steps, of which two go to each sum
+MAX_RANKS = 32  # of all projections: as many fit in a quarter of a slot for X
+_HALF = TILE_M // 2  # rows of a step, and of a warpgroup
+_COLUMNS = 4 * TILE_K  # of a step
 
 
-def together_barrier():
-    """Type of the barrier at which the warpgroups of a block meet once it has made S.
+def scratch(sizes: GemmTiles) -> tuple:
+    """Barriers of the ring of this pass.
 
-    The interpreter has no flags: there the memory warpgroup waits as well, and the only block of
-    the grid needs no others.
+    The interpreter has no flags: there all three warpgroups meet once S is made, in the only block.
     """
-    return mgpu.Barrier(num_arrivals=3 if mgpu.interpreting() else 2)
+    meeting = (mgpu.Barrier(num_arrivals=3),) if mgpu.interpreting() else ()
+    return (*mgpu.Ring.barriers(sizes.stages, copies=5, consumers=1), *meeting)
 
 
 class Operands(NamedTuple):
@@ -46,69 +48,66 @@ class Operands(NamedTuple):
 class SPass:
     """The pass inside a kernel: the same calls in the memory and in the compute warpgroups.
 
+    Each warpgroup owns half of the rows and every other slot; the number of slots is even, so that
+    a barrier is only ever waited on by one warpgroup. A slot for W holds 64 rows and 256 columns of
+    X here, and one for X four pieces of A.
+
     Args:
         operands: what S is made of.
         s_gs: outputs, of whole row tiles.
         ring: that of the products.
-        staged: where they stage outputs; holds pieces of A as long as there are none.
-        together: see `together_barrier`.
+        own: of the types that `scratch` gives.
         tiles: of all outputs.
         blocks: in the grid.
     """
 
     def __init__(
-        self, operands: Operands, s_gs: Sequence, ring: mgpu.Ring, staged, together, tiles: int,
-        blocks: int,
-    ):  # fmt: skip
+        self, operands: Operands, s_gs: Sequence, ring: mgpu.Ring, own, tiles: int, blocks: int
+    ):
         k = operands.x.shape[1]
-        self._from, self._outs = operands, s_gs
-        self._ranks = operands.a.shape[1]
-        self._row_tiles = s_gs[0].shape[0] // TILE_M
-        self._together = together
-        self._steps = _QUAD * -(-k // (_QUAD * TILE_K))  # per row tile
-        self._jobs = gemm.share_jobs(self._row_tiles, k, k, tiles, blocks)
-        self._flags = mgpu.Flags(self._row_tiles)
-        pieces = staged.shape[1]  # of each warpgroup
+        self._from, self._outs, self._ranks = operands, s_gs, operands.a.shape[1]
+        self._steps = -(-k // _COLUMNS)  # of a warpgroup per row tile
+        row_tiles = s_gs[0].shape[0] // TILE_M
+        self._jobs = gemm.share_jobs(row_tiles, k, k, tiles, blocks)
+        self._flags = mgpu.Flags(row_tiles)
+        narrow, wide = ring.buffers
 
-        def piece(slot):
-            first, second = jax.lax.div(slot, pieces), jax.lax.rem(slot, pieces)
-            return staged.at[first, second, mgpu.pl.ds(0, self._ranks)]
+        def piece(slot, quarter):
+            return narrow.at[slot, mgpu.pl.ds(quarter * MAX_RANKS, self._ranks), :]
 
-        buffers = ring.buffers[0], mgpu.Window(piece)
-        self._ring = mgpu.Ring(buffers, ring.full, ring.empty, ring.stages)
-
-    @property
-    def steps(self) -> jax.Array:
-        """Ring steps that this block spends on S."""
-        return self._jobs.number * self._steps
+        pieces = (mgpu.Window(lambda slot, q=quarter: piece(slot, q)) for quarter in range(4))
+        full, empty, *self._meeting = own
+        self._ring = mgpu.Ring((wide, *pieces), full, empty, ring.stages)
 
     def wait(self, tile) -> None:
         """Waits until S of a row tile can be loaded."""
         self._flags.wait(tile, 2)  # one of each warpgroup
 
     def load(self) -> None:
-        """The memory warpgroup's part."""
+        """The memory warpgroup's part; afterwards the slots are free for the products."""
 
         @mgpu.pl.loop(0, self._jobs.number)
         def _(turn):
             tile = self._jobs.job(turn)
-            slot = jax.numpy.maximum(read_facts(self._from.table, tile).adapter, 0)
-            here = mgpu.pl.ds(tile * TILE_M, TILE_M)
+            slot = jnp.maximum(read_facts(self._from.table, tile).adapter, 0)
 
             @mgpu.pl.loop(0, self._steps)
-            def _(step):
-                columns = mgpu.pl.ds(step * TILE_K, TILE_K)
-                self._ring.fill(
-                    turn * self._steps + step,
-                    (self._from.x.at[here, columns], self._from.a.at[slot, :, columns]),
-                )
+            def _(index):
+                first = index * _COLUMNS
+                quarters = [mgpu.pl.ds(first + q * TILE_K, TILE_K) for q in range(4)]
+                pieces = [self._from.a.at[slot, :, quarter] for quarter in quarters]
+                for half in range(2):
+                    rows = mgpu.pl.ds(tile * TILE_M + half * _HALF, _HALF)
+                    x = self._from.x.at[rows, mgpu.pl.ds(first, _COLUMNS)]
+                    self._ring.fill(2 * (turn * self._steps + index) + half, (x, *pieces))
 
-        if mgpu.interpreting():
-            self._meet()
+        self._ring.drain(2 * self._jobs.number * self._steps)
+        self._meet()
 
     def _meet(self):
-        mgpu.barrier_arrive(self._together)
-        mgpu.barrier_wait(self._together)
+        for barrier in self._meeting:
+            mgpu.barrier_arrive(barrier)
+            mgpu.barrier_wait(barrier)
 
     def compute(self, warpgroup) -> None:
         """A compute warpgroup's part: half of the rows of each row tile."""
@@ -117,7 +116,7 @@ class SPass:
         def _(turn):
             self._make(warpgroup, self._jobs.job(turn), turn * self._steps)
 
-        self._meet()  # nothing is staged before neither reads pieces of A any more
+        self._meet()
 
     def _make(self, warpgroup, tile, first) -> None:
         here = mgpu.pl.ds(tile * TILE_M + warpgroup * _HALF, _HALF)
@@ -125,29 +124,27 @@ class SPass:
         mask = row_mask(load_keys(self._from.row_key.at[here]), self._from.site[0], facts.threshold)
 
         def products(*sums):
-            @mgpu.pl.loop(0, self._steps // _QUAD)
-            def _(quad):
-                for part in range(_QUAD):
-                    index = quad * _QUAD + part
-                    x_tile, a_tile = self._ring.take(first + index)
-                    x_mine = x_tile.at[mgpu.pl.ds(warpgroup * _HALF, _HALF), :]
+            @mgpu.pl.loop(0, self._steps)
+            def _(index):
+                step = 2 * (first + index) + warpgroup
+                x_tile, *pieces = self._ring.take(step)
+                for quarter, a_tile in enumerate(pieces):
+                    x_mine = x_tile.at[:, mgpu.pl.ds(quarter * TILE_K, TILE_K)]
 
                     @mgpu.pl.when((facts.threshold > 0) | (facts.padding > 0))
-                    def _(x_mine=x_mine, index=index):
-                        mask_tile(x_mine, mask, facts.threshold, index * TILE_K)
+                    def _(x_mine=x_mine, quarter=quarter):
+                        column = index * _COLUMNS + quarter * TILE_K
+                        mask_tile(x_mine, mask, facts.threshold, column)
 
-                    mgpu.wgmma(sums[part // 2], x_mine, a_tile.transpose((1, 0)))
-                    if part:  # the product of the step before ran beside this one's mask
-                        mgpu.wgmma_wait(1)
-                        self._ring.release(first + index - 1)
+                    # Runs beside the mask of the next quarter.
+                    mgpu.wgmma(sums[quarter // 2], x_mine, a_tile.transpose((1, 0)))
                 mgpu.wgmma_wait(0)
-                self._ring.release(first + quad * _QUAD + _QUAD - 1)
+                self._ring.release(step)
 
             return [value[...] for value in sums]
 
         even, odd = mgpu.accumulate_all([(_HALF, self._ranks)] * 2, products)
         total = ((even + odd) * facts.factor).astype(self._outs[0].dtype)
-
         low = 0
         for out in self._outs:
             rank = out.shape[1]

@@ -101,7 +101,7 @@ _ABSORB = {
 _ABSORBED = {
     "many tiles": {"tiles": (0, 1, -1, 1) * 16, "k": 1024, "ns": (2048, 320), "rank": 16},
     "few tiles": {"tiles": (0, -1, 1), "k": 320, "ns": (576,), "rank": 8, "padding": (7, 300)},
-    "one row tile": {"tiles": (0,), "k": 512, "ns": (256,), "rank": 64},
+    "one row tile": {"tiles": (0,), "k": 512, "ns": (256,), "rank": 32},
     "ragged rows": {"tiles": (0,), "k": 320, "ns": (192,), "rank": 16, "tile_rows": 1001},
 }
 

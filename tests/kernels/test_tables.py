@@ -25,7 +25,7 @@ SHAPE = Shape(8192, 4096, (4096,), 16)
     [
         (lambda: GemmTiles(stages=5), "shared memory"),
         (lambda: GemmTiles(stages=4, staged=4), "shared memory"),
-        (lambda: GemmTiles(stages=4, staged=1, absorb=True), "twice as many"),
+        (lambda: GemmTiles(stages=3, absorb=True), "even number"),
         (lambda: GemmTiles(stages=1), "one slot"),
         (lambda: GemmTiles(staged=3), "1, 2 or 4"),
         (lambda: DownTiles(stages=3), "multiple of 2"),
