@@ -265,7 +265,8 @@ def _gemm_candidates(start: GemmTiles) -> list[GemmTiles]:
         start,
         replace(start, absorb=not start.absorb),
         replace(start, split="n" if start.split == "m" else "m"),
-        replace(start, stages=3, staged=4),  # all of a tile's outputs leave without a wait
+        # All of a tile's outputs leave without a wait.
+        replace(start, stages=3, staged=4, absorb=False),
         replace(start, **other),
         replace(start, width=24 - start.width),
     ]
