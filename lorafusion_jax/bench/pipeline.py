@@ -9,8 +9,9 @@ Gantt page beside it.
 """
 
 import argparse
+import queue
+import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,20 +33,24 @@ from lorafusion_jax.bench.results import RESULTS, Row, device_name, write_result
 from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.decoder import REMAT_POLICIES, Remat
 from lorafusion_jax.parallel.convert import make_names
 from lorafusion_jax.parallel.layout import even_layout
 from lorafusion_jax.parallel.mesh import make_mesh
-from lorafusion_jax.parallel.pipeline import Order, Pipeline
+from lorafusion_jax.parallel.pipeline import Order, Pipeline, Window, ring_of
+from lorafusion_jax.parallel.residuals import backward_ratio, choose_policies, in_words
 from lorafusion_jax.parallel.stage import StageModel, policies_at
 from lorafusion_jax.parallel.state import StreamState, bank_shapes, mesh_sizes
 from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
 from lorafusion_jax.parallel.weights import Frozen, random_weights
 from lorafusion_jax.train.batch import JobRows, longest_bucket, segment_bucket
+from lorafusion_jax.train.memory import Step, device_bytes
 from lorafusion_jax.train.optimizer import OPTIMIZERS, Hyper
 from lorafusion_jax.train.step import loss_chunk
 from lorafusion_sched import (
     Cost,
     Job,
+    Microbatch,
     Plan,
     Problem,
     Timeline,
@@ -59,6 +64,8 @@ from lorafusion_sched.simulate import Span
 
 RANK, DROPOUT = 16, 0.1
 SYSTEMS = ("ours", "mlora", "megatron")
+TICKS = 8
+"""Of a call whose speed is measured; every tick is a call where they are timed one by one."""
 IN_FLIGHT = 2
 
 
@@ -130,15 +137,35 @@ def make_bench(
         for path in linear_widths(config)
     ]
     names = make_names(layout, paths)
+    width, chunk = jnp.dtype(dtype), loss_chunk(-(-config.vocab_size // stages), capacity)
+    policies = policies_of(remat, config, stages, order, adapters, capacity, chunk, width)
     residuals = "recompute" if remat == "recompute" else "save"
-    policy = "none" if remat == "recompute" else remat
-    policies = policies_at(policy, layout.places)  # pyright: ignore[reportArgumentType]
-    width = jnp.dtype(dtype)
     model = StageModel(config, width, layout.places, names.places, residuals, policies)
-    chunk = loss_chunk(-(-config.vocab_size // stages), capacity)
     pipeline = Pipeline(mesh, model, layout.first, order, chunk)
     frozen = random_weights(config, width, layout, mesh, 0)
     return Bench(pipeline, frozen, adapters, capacity, tile)
+
+
+def policies_of(
+    remat: str,
+    config: ModelConfig,
+    stages: int,
+    order: Order,
+    adapters: int,
+    capacity: int,
+    chunk: int,
+    dtype: jnp.dtype,
+) -> tuple[Remat, ...]:
+    """Returns the policies of a stage's layer places; "auto" are the richest that fit."""
+    places = -(-config.num_hidden_layers // stages)
+    available = device_bytes()
+    if remat == "recompute" or (remat == "auto" and available is None):
+        return ("none",) * places
+    if remat != "auto":
+        return policies_at(remat, places)  # pyright: ignore[reportArgumentType]
+    assert available is not None
+    step = Step(config, capacity, adapters, RANK, dtype.itemsize, chunk)
+    return choose_policies(step, stages, ring_of(order, stages), available)[0]
 
 
 class RandomSamples:
@@ -210,35 +237,67 @@ def hyper_of(adapters: int) -> Hyper:
     return Hyper(**fields)  # pyright: ignore[reportArgumentType]
 
 
-def run_stream(
-    bench: Bench, state: StreamState, slots: Sequence[Slot]
-) -> tuple[StreamState, list[float]]:
-    """Feeds all slots, tick by tick, and drains; returns when each tick had ended, in seconds.
+class Stream:
+    """A plan's slots on their way through an engine, and when they came out.
 
-    Ticks are dispatched ahead, so that the host costs nothing unless it is slower than they are.
+    Args:
+        bench: the engine.
+        slots: of the plan.
     """
-    pipeline, none = bench.pipeline, empty_slot(slots[0])
-    hyper = hyper_of(bench.adapters)
-    lag = pipeline.lag
-    windows: deque[Slot] = deque([none] * (lag + 2), maxlen=lag + 2)
-    under_way: deque[jax.Array] = deque()
-    ends: list[float] = []
-    total = len(slots) + lag + 1
-    start = time.perf_counter()
-    for number in range(total):
-        windows.append(slots[number] if number < len(slots) else none)
-        window = window_of(list(windows), pipeline.mesh)
-        state, report = pipeline.run(
-            state, hyper, bench.frozen, window, np.int32(number - 1), ticks=1
-        )
-        under_way.append(report.loss)
-        if len(under_way) > IN_FLIGHT:
-            under_way.popleft().block_until_ready()
-            ends.append(time.perf_counter() - start)
-    while under_way:
-        under_way.popleft().block_until_ready()
-        ends.append(time.perf_counter() - start)
-    return state, ends
+
+    def __init__(self, bench: Bench, slots: Sequence[Slot]):
+        self._bench, self._lag = bench, bench.pipeline.lag
+        self._slots, self._none = slots, empty_slot(slots[0])
+        self.ticks = len(slots) + self._lag + 1
+        """The first one only fetches the first embedding."""
+
+    def run(self, ticks: int) -> tuple[StreamState, list[float]]:
+        """Feeds all slots and drains, in calls of so many ticks.
+
+        Returns:
+            The state, and when each call had ended, in seconds since the first began.
+        """
+        pipeline, hyper = self._bench.pipeline, hyper_of(self._bench.adapters)
+        state = jax.block_until_ready(self._bench.state(self._slots[0]))
+        calls = [(t, self._window(t)) for t in range(-1, self.ticks - 1, ticks)]
+        under_way: queue.Queue[jax.Array | None] = queue.Queue()
+        ends: list[float] = []
+        # A call with conditionals returns late on a GPU: only another thread sees when it ended.
+        watch = threading.Thread(target=_note_ends, args=(under_way, ends))
+        watch.start()
+        start = time.perf_counter()
+        try:
+            for t0, window in calls:
+                count = min(ticks, self.ticks - 1 - t0)
+                state, report = pipeline.run(
+                    state,
+                    hyper,
+                    self._bench.frozen,
+                    window,
+                    np.int32(t0),
+                    np.int32(count),
+                    ticks=TICKS,
+                )
+                under_way.put(report.loss)
+                while len(under_way.queue) > IN_FLIGHT:
+                    time.sleep(1e-4)
+        finally:
+            under_way.put(None)
+            watch.join()
+        return state, [end - start for end in ends]
+
+    def _window(self, t0: int) -> Window:
+        need = range(t0 - self._lag, t0 + TICKS + 1)
+        count = len(self._slots)
+        slots = [self._slots[m] if 0 <= m < count else self._none for m in need]
+        return window_of(slots, self._bench.pipeline.mesh)
+
+
+def _note_ends(under_way: queue.Queue[jax.Array | None], ends: list[float]) -> None:
+    """Notes when each of the arrays is there."""
+    while (result := under_way.get()) is not None:
+        result.block_until_ready()
+        ends.append(time.perf_counter())
 
 
 def measured_timeline(
@@ -275,15 +334,17 @@ def measure(
     whole = planned(system, jobs, bench)
     slots = slots_of(whole, jobs, bench)
     data, stages = mesh_sizes(bench.pipeline.mesh)
-    run_stream(bench, bench.state(slots[0]), slots[:2])  # compiles
-    state, ends = run_stream(bench, bench.state(slots[0]), slots)
+    Stream(bench, slots[:2]).run(TICKS)  # compiles
+    stream = Stream(bench, slots)
+    state, calls = stream.run(TICKS)
     stale = np.asarray([x.data for x in state.flow.stale.addressable_shards])
-    seconds = ends[-1]
-    ticks = np.diff(ends)
-    steady = ticks[2 * stages - 1 : len(slots)]  # after the fill, before the drain
-    valid = [bool(slot.valid.any()) for slot in slots]
+    del state  # its rings fill the device
+    ends = stream.run(1)[1]
+    seconds, valid = calls[-1], [bool(slot.valid.any()) for slot in slots]
     real = sum(valid)
-    full = _full_tick(ticks, valid, stages)
+    # A short stream has no tick in which all stages are busy: its longest one stands for that.
+    traced = full_tick(np.diff(ends), valid, stages) or float(np.diff(ends).max())
+    full = min(full_tick(np.diff(calls), valid, stages, TICKS) or traced, traced)
     cost = Cost(per_token=1 / bench.capacity, backward=backward)
     predicted = simulate(whole, cost, stages, bench.pipeline.order)
     unit = full / (1 + backward)
@@ -296,32 +357,74 @@ def measure(
         page = gantt_html(whole, timeline, title=f"{label}, {system}, {kind}")
         (root / f"gantt_{label}_{system}_{kind}.html".replace(" ", "_")).write_text(page)
     memory = jax.local_devices()[0].memory_stats() or {}
+    tokens = [float(sum(s.tokens() for m in part for s in m.stretches)) for part in ranks_of(whole)]
     return {
         "system": system,
         "tokens_per_s": sum(lengths) / seconds,
+        "tokens_per_s_steady": steady(np.diff(ends), tokens, stages, backward) * traced / full,
         "mfu": None if peak is None else flops / seconds / (peak * data * stages),
         "bubble": 1 - real * full / seconds,
-        "bubble_steady": float(1 - sum(valid[2 * stages - 1 :]) * full / steady.sum()),
+        "bubble_steady": 1 - steady(np.diff(ends), valid, stages, backward) * traced,
         "slots": len(slots),
         "noops": len(slots) - real,
         "tick_ms": full * 1e3,
+        "call_ms": (traced - full) * 1e3,
         "seconds": seconds,
         "predicted_seconds": predicted.makespan * unit,
         "predicted_error": predicted.makespan * unit / seconds - 1,
         "stale": int(stale.sum()),
         "peak_gib": memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None,
-        "ticks_ms": " ".join(f"{t * 1e3:.2f}" for t in ticks),
+        "ticks_ms": " ".join(f"{t * 1e3:.2f}" for t in np.diff(ends)),
     }
 
 
-def _full_tick(ticks: np.ndarray, valid: Sequence[bool], stages: int) -> float:
-    """The median time of ticks in which every stage has a forward and a backward."""
+def ranks_of(whole: Plan) -> list[tuple[Microbatch, ...]]:
+    """Returns the microbatches of each slot."""
+    count = len(whole.microbatches)
+    return [whole.microbatches[i : i + whole.width] for i in range(0, count, whole.width)]
+
+
+def steady(ticks: np.ndarray, of_slots: Sequence[float], stages: int, backward: float) -> float:
+    """Returns what was done per second between the fill and the drain; 0 for too short a stream.
+
+    A slot counts where each stage runs its forward and its backward, by their shares of the time.
+
+    Args:
+        ticks: seconds of each tick, from the one on in which slot 0 enters.
+        of_slots: what each slot is worth: its tokens, or 1 where it has work.
+        stages: of the pipeline.
+        backward: time of a backward over that of a forward.
+    """
+    lag, count = 2 * stages - 1, len(of_slots)
+    done = 0.0
+    for tick in range(lag, count):
+        for stage in range(stages):
+            forward, back = of_slots[tick - stage], of_slots[tick - lag + stage]
+            done += (forward + backward * back) / (1 + backward) / stages
+    return done / float(ticks[lag:count].sum()) if count > lag else 0.0
+
+
+def full_tick(
+    spans: np.ndarray, valid: Sequence[bool], stages: int, ticks: int = 1
+) -> float | None:
+    """Returns the median time of a tick in which every stage has a forward and a backward.
+
+    Args:
+        spans: seconds of each call, from the second call on.
+        valid: whether each slot has work.
+        stages: of the pipeline.
+        ticks: of a call; the first call's first tick is -1.
+
+    Returns:
+        Seconds, None where no call has such ticks alone.
+    """
     lag, found = 2 * stages - 1, []
-    for number, seconds in enumerate(ticks):
-        around = range(number - lag, number + 1)
+    for call, seconds in enumerate(spans, 1):
+        first = call * ticks - 1
+        around = range(first - lag, first + ticks)
         if all(0 <= slot < len(valid) and valid[slot] for slot in around):
-            found.append(float(seconds))
-    return median(found) if found else float(np.max(ticks))
+            found.append(float(seconds) / ticks)
+    return median(found) if found else None
 
 
 def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
@@ -329,7 +432,6 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
     config = model_shape(arguments.model, arguments.layers)
     tile = arguments.tile or (128 if jax.default_backend() == "gpu" else 16)
     dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    backward = 2.1 if arguments.remat in ("recompute", "full") else 1.1
     for adapters in arguments.adapters:
         bench = make_bench(
             config,
@@ -342,6 +444,10 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
             remat=arguments.remat,
             dtype=dtype,
         )
+        model = bench.pipeline.model
+        backward = backward_ratio(config, model.remat)
+        if model.residuals == "recompute":
+            backward += 1
         for lengths in arguments.lengths:
             jobs = jobs_of(lengths, arguments.gbs, 0, jobs=adapters, batches=arguments.batches)
             if arguments.shrink != 1:
@@ -358,11 +464,15 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
                     "capacity": arguments.capacity,
                     "order": arguments.order,
                     "distance": distance_of(arguments.order, arguments.stages),
-                    "remat": arguments.remat,
+                    "remat": "recompute"
+                    if model.residuals == "recompute"
+                    else in_words(model.remat),
+                    "batches": arguments.batches,
                 }
                 row |= measure(bench, system, jobs, backward, root, label)
                 print(
-                    f"{label} {adapters} adapters {system}: {row['tokens_per_s']:.0f} tokens/s, "
+                    f"{label} {adapters} adapters {system}: {row['tokens_per_s']:.0f} tokens/s "
+                    f"(steady {row['tokens_per_s_steady']:.0f}), remat {row['remat']}, "
                     f"bubble {row['bubble']:.1%}, steady {row['bubble_steady']:.1%}, "
                     f"tick {row['tick_ms']:.1f} ms",
                     flush=True,
@@ -397,7 +507,7 @@ def parser(prog: str, stages: int, model: str) -> argparse.ArgumentParser:
     made.add_argument("--capacity", type=int, default=8192)
     made.add_argument("--tile", type=int)
     made.add_argument("--order", default="fbh", choices=("fbh", "bfh"))
-    made.add_argument("--remat", default="none", choices=("none", "attention", "full", "recompute"))
+    made.add_argument("--remat", default="auto", choices=("auto", *REMAT_POLICIES, "recompute"))
     made.add_argument("--shrink", type=float, default=1.0, help="factor of all sample lengths")
     made.add_argument("--quick", action="store_true", help="a tiny model, seconds on CPUs")
     made.add_argument("--out", type=Path, default=RESULTS)

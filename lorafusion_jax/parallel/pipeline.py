@@ -59,6 +59,11 @@ from lorafusion_sched import distance_of
 type Order = Literal["fbh", "bfh"]
 
 
+def ring_of(order: Order, stages: int) -> int:
+    """Returns how many microbatches are alive at the first stage."""
+    return 2 * stages - (order == "bfh")
+
+
 class Window(NamedTuple):
     """Rows of the schedule that a chunk of ticks needs: slots t0 - lag to t0 + ticks.
 
@@ -114,7 +119,7 @@ class Pipeline:
     @property
     def ring(self) -> int:
         """Microbatches alive at stage 0."""
-        return self.lag + (self.order == "fbh")
+        return ring_of(self.order, self.stages)
 
     @property
     def distance(self) -> int:
@@ -123,11 +128,12 @@ class Pipeline:
 
     @property
     def run(self) -> Callable[..., tuple[StreamState, StepReport]]:
-        """`run(state, hyper, frozen, window, t0, ticks=n)`: n ticks from t0 on.
+        """`run(state, hyper, frozen, window, t0, count, ticks=n)`: ticks from t0 on.
 
-        The stream starts at tick -1, because the embedding is fetched one tick ahead. Donates
-        `state`. Returns the new state and the report of every tick, [ticks, slots]. Equal settings
-        share one compiled program.
+        `ticks` is the static number of a window; of them the first `count` are run, or all where it
+        is None. The stream starts at tick -1, because the embedding is fetched one tick ahead.
+        Donates `state`. Returns the new state and the report of every tick, [ticks, slots], zeros
+        for those not run. Equal settings share one compiled program.
         """
         return _program(self)
 
@@ -144,24 +150,39 @@ class Pipeline:
         hidden, saved = self.model.saved_shapes(batch, bank)
         return zero_state(self.mesh, bank, optimizers, self.ring, hidden, saved)
 
-    def _run(self, state, hyper, frozen, window, t0, *, ticks: int):
+    def _run(self, state, hyper, frozen, window, t0, count=None, *, ticks: int):
         specs = state_specs(state)
         chunk = jax.shard_map(
             partial(self._chunk, ticks),
             mesh=self.mesh,
-            in_specs=(specs, REPLICATED, frozen_specs(frozen), WINDOW_SPECS, REPLICATED),
+            in_specs=(
+                specs,
+                REPLICATED,
+                frozen_specs(frozen),
+                WINDOW_SPECS,
+                REPLICATED,
+                REPLICATED,
+            ),
             out_specs=(specs, REPLICATED),
             check_vma=False,  # the fused kernels do not say how their outputs vary
         )
-        return chunk(state, hyper, frozen, window, t0)
+        return chunk(state, hyper, frozen, window, t0, ticks if count is None else count)
 
-    def _chunk(self, ticks: int, state, hyper, frozen, window, t0):
+    def _chunk(self, ticks: int, state, hyper, frozen, window, t0, count):
         window = window._replace(
             batch=jax.tree.map(lambda x: x[:, 0], window.batch), valid=window.valid[:, 0]
         )
         device = DeviceProgram(self, frozen, hyper, window, t0 - self.lag, lax.axis_index(STAGE))
         tick = device.tick_fbh if self.order == "fbh" else device.tick_bfh
-        return lax.scan(tick, state, t0 + jnp.arange(ticks))
+
+        def one(i, carry):
+            state, reports = carry
+            state, report = tick(state, t0 + i)
+            return state, jax.tree.map(lambda whole, x: put_at(whole, x, i), reports, report)
+
+        report = jax.eval_shape(tick, state, t0)[1]
+        empty = jax.tree.map(lambda x: jnp.zeros((ticks, *x.shape), x.dtype), report)
+        return lax.fori_loop(0, count, one, (state, empty))
 
 
 @cache
