@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafusion_jax.bench.compile_time import COMPILE_ONLY, compile_times
+from lorafusion_jax.bench.padded import measure_padded, write_padded_batches
 from lorafusion_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ SYSTEMS = {
     "e": "e_ours",
 }
 LINEARS = {"a": "naive", "b": "naive", "c": "xla", "d": "ungrouped", "e": "ours"}
-SAMPLES, JOBS, GBS = 4, 4, 8
-PADDED_LENGTHS = (512, 1024, 2048, 4096)
+JOBS, GBS = 4, 8
 
 
 class Setup(NamedTuple):
@@ -89,6 +89,9 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(COMPILE_ONLY, action="store_true", help="compile e, print the seconds")
     parser.add_argument("--baselines", type=Path, default=None, help="JSON rows of other programs")
+    parser.add_argument(
+        "--padded-batches", type=Path, default=None, help="add a's batches to this JSON, and stop"
+    )
     parser.add_argument("--output", type=Path, default=None, help="folder of training.json")
     return parser.parse_args(arguments)
 
@@ -314,66 +317,16 @@ def _packed(setup: Setup, system: str, microbatches: int) -> dict:
     }  # fmt: skip
 
 
-def _padded(setup: Setup, system: str, repeat: int) -> dict:
-    """Measures a or c at several lengths, and adds up all batches of the jobs."""
-    import numpy as np
-
-    from lorafusion_jax.bench.systems import padded_batch
-    from lorafusion_sched import Sample
-
-    groups = _padded_groups(setup.jobs, system)
-    program = Program(setup, system)
-    longest = max(sample.length for group in groups for _, sample in group)
-    grid = [n for n in PADDED_LENGTHS if n < longest] + [
-        next((n for n in PADDED_LENGTHS if n >= longest), PADDED_LENGTHS[-1])
-    ]
-    times, batches = [], []
-    for length in grid:
-        samples = [(i % program.slots, Sample(0, i, length)) for i in range(SAMPLES)]
-        ends = frozenset(range(program.slots))
-        make = partial(padded_batch, tile=setup.tile, num_slots=program.slots)
-        vocabulary = setup.config.vocab_size
-        batch = make(sorted(samples), length, vocab_size=vocabulary)
-        last = make(sorted(samples), length, vocab_size=vocabulary, ends=ends)
-        batches = [batch, last]  # a global batch of 8 samples is two batches of 4
-        program.compile(batch)
-        program.run(batches)
-        times.append(program.run(batches * repeat) / (2 * repeat))
-    lengths, seconds, rows = [], 0.0, 0
-    for group in groups:
-        widest = max(sample.length for _, sample in group)
-        # Fewer samples than 4 take their share of the time.
-        seconds += float(np.interp(widest, grid, times)) * len(group) / SAMPLES
-        rows += widest * len(group)
-        lengths += [sample.length for _, sample in group]
-    return {
-        "program": program, "batches": batches, "seconds": seconds, "lengths": lengths,
-        "padding": 1 - sum(lengths) / rows, "microbatches": len(groups), "plan_seconds": 0.0,
-        "pack_ms": 0.0, "more": {},
-    }  # fmt: skip
-
-
-def _padded_groups(jobs: Sequence, system: str) -> list[list]:
-    """Slot and sample of each padded batch: of one job, or one sample of each job."""
-    if system == "a":
-        return [
-            [(0, sample) for sample in batch[i : i + SAMPLES]]
-            for job in jobs
-            for batch in job.batches
-            for i in range(0, len(batch), SAMPLES)
-        ]
-    columns = [[sample for batch in job.batches for sample in batch] for job in jobs]
-    return [list(enumerate(samples)) for samples in zip(*columns, strict=True)]
-
-
 def measure(setup: Setup, system: str, lengths: str, options: argparse.Namespace) -> dict[str, Any]:
     """Returns the results row of one system."""
     from lorafusion_jax.bench.profile import kernel_classes
     from lorafusion_jax.bench.shapes import H100_PEAK, step_flops
 
-    run: Callable = _padded if system in "ac" else _packed
-    repeat = max(1, options.microbatches // 4) if system in "ac" else options.microbatches
-    found = run(setup, system, repeat)
+    if system in "ac":
+        repeat = max(1, options.microbatches // 4)
+        found = measure_padded(Program(setup, system), setup, system, repeat)
+    else:
+        found = _packed(setup, system, options.microbatches)
     program, seconds = found["program"], found["seconds"]
     row = {
         "system": SYSTEMS[system], "lengths": lengths, "model": options.model,
@@ -431,13 +384,16 @@ def main(arguments: list[str]) -> int:
     if options.lengths not in LENGTHS:
         raise ConfigError(f"--lengths {options.lengths}: expected one of {', '.join(LENGTHS)}")
     config = model_shape(options.model, options.layers)
+    jobs = jobs_of(options.lengths, GBS, 0, jobs=JOBS, batches=options.batches)
+    if options.padded_batches:
+        write_padded_batches(options.padded_batches, options.lengths, jobs)
+        return 0
     compiled = {}
     if options.compile_times and not options.compile_only:
         compiled = compile_times(arguments)
     setup = Setup(
-        config, random_base(config, dtype=options.dtype),
-        jobs_of(options.lengths, GBS, 0, jobs=JOBS, batches=options.batches),
-        options.capacity, options.tile, options.r, options.p, options.remat, options.deterministic,
+        config, random_base(config, dtype=options.dtype), jobs, options.capacity, options.tile,
+        options.r, options.p, options.remat, options.deterministic,
     )  # fmt: skip
     if options.compile_only:
         program = compile_packed(setup, "e").program

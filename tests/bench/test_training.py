@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.bench import layer, schedule, training
+from lorafusion_jax.bench import layer, padded, schedule, training
 from lorafusion_jax.bench.profile import class_of
 from lorafusion_jax.bench.results import read_baselines
 from lorafusion_jax.bench.shapes import MODELS, layer_flops, model_shape
@@ -68,7 +68,7 @@ def test_linears_are_switched_for_what_is_traced_and_switched_back():
 def test_a_padded_batch_is_a_packed_one_with_holes():
     """Same arrays as the planner's batch of one sample per stretch, but for tokens and weights."""
     samples = [Sample(0, 0, 20), Sample(0, 1, 32)]
-    padded = padded_batch(
+    holes = padded_batch(
         [(0, samples[0]), (1, samples[1])], 32, tile=TILE, num_slots=2, ends=frozenset({1}),
         vocab_size=10,
     )  # fmt: skip
@@ -83,9 +83,9 @@ def test_a_padded_batch_is_a_packed_one_with_holes():
     rows = {f"job{i}": JobRows(i, i + 1, Data()) for i in range(2)}
     packed, _ = pack(Microbatch(stretches, 64), rows, tile=TILE, num_slots=2, max_segments=16)
     for name in ("positions", "segment_start", "segment_offsets", "tile_adapter", "batch_end"):
-        np.testing.assert_array_equal(getattr(padded, name), getattr(packed, name), name)
+        np.testing.assert_array_equal(getattr(holes, name), getattr(packed, name), name)
     for name in ("loss_weight", "row_key"):
-        where = [np.asarray(getattr(batch, name)) != 0 for batch in (padded, packed)]
+        where = [np.asarray(getattr(batch, name)) != 0 for batch in (holes, packed)]
         np.testing.assert_array_equal(*where, name)
 
 
@@ -168,12 +168,27 @@ def test_a_run_writes_rows_and_keeps_those_of_other_mixes(tmp_path, monkeypatch)
     assert ours["seconds"] == pytest.approx(ours["loop_ms"] * ours["microbatches"] / 1e3)
 
 
+def test_other_programs_get_the_batches_of_system_a(tmp_path):
+    path = tmp_path / "batches.json"
+    for lengths in ("xsum", "het", "xsum"):
+        words = f"--lengths {lengths} --batches 2 --padded-batches {path}"
+        assert training.main(words.split()) == 0
+    found = json.loads(path.read_text())
+    assert list(found) == ["xsum", "het"]
+    jobs = schedule.jobs_of("het", training.GBS, 0, jobs=training.JOBS, batches=2)
+    batches = found["het"]["batches"]
+    assert sum(map(sum, batches)) == sum(s.length for j in jobs for b in j.batches for s in b)
+    assert max(map(len, batches)) == padded.SAMPLES and len(batches) == training.JOBS * 2 * 2
+    longest = max(map(max, batches))
+    assert found["het"]["grid"][-1] >= longest > found["het"]["grid"][-2]
+
+
 @pytest.mark.slow
 def test_all_systems_and_all_parts_of_a_layer_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         schedule, "MOMENTS", {"xsum": (60, 20), "cnn": (90, 20), "wikisum": (60, 20)}
     )
-    monkeypatch.setattr(training, "PADDED_LENGTHS", (128, 256))
+    monkeypatch.setattr(padded, "PADDED_LENGTHS", (128, 256))
     common = f"--model tiny --dtype float32 --tile 16 --output {tmp_path / 'cpu'}"
     run = "--lengths het --capacity 512 --microbatches 4 --batches 2 --profile --deterministic"
     assert training.main(f"{run} {common}".split()) == 0
