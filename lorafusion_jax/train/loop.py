@@ -18,6 +18,7 @@ from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.train import optimizer
 from lorafusion_jax.train.background import BackgroundSaver, SaveDone
 from lorafusion_jax.train.batch import JobRows, PackedBatch, longest_bucket, pack, segment_bucket
+from lorafusion_jax.train.choices import Choices
 from lorafusion_jax.train.delivery import Delivery
 from lorafusion_jax.train.early_stop import STOPPED, note_evaluation
 from lorafusion_jax.train.evaluate import BASE, Evaluator
@@ -64,6 +65,7 @@ class Run:
         saver: of states.
         listener: told everything.
         facts: what identifies the run; saved with every checkpoint.
+        choices: what the run chose by itself; likewise.
         progress: of each job.
         cursor: next microbatch.
         ended: jobs that ended early, and the microbatch from which on they are skipped.
@@ -84,6 +86,7 @@ class Run:
     saver: BackgroundSaver
     listener: Listener
     facts: dict[str, Any]
+    choices: Choices
     progress: dict[str, JobProgress] = field(default_factory=dict)
     cursor: int = 0
     ended: dict[str, int] = field(default_factory=dict)
@@ -95,7 +98,7 @@ class Run:
     def __post_init__(self):
         self._by_name = {job.name: job for job in self.jobs}
         self._num_slots = self.state.bank.rank.shape[0]
-        self._segments, self._longest = 0, 0
+        self._segments, self._longest = self.choices.segments, self.choices.longest
         self._make_room(self.schedule)
         self._replanner = Replanner(self._num_slots)
         for job in self.jobs:
@@ -274,6 +277,8 @@ class Run:
             "jobs": {name: asdict(progress) for name, progress in self.progress.items()},
             "slots": self.schedule.slot,
             "capacities": list(self.schedule.problem.capacities),
+            "choices": self.choices._asdict()
+            | {"segments": self._segments, "longest": self._longest},
             "ended": dict(self.ended),
             "change": None if change is None else change.to_record(),
         }

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 import jax
 from jaxtyping import PyTree
@@ -14,7 +13,6 @@ from lorafusion_jax.lora.bank import (
     split_adapters,
     with_patterns,
 )
-from lorafusion_jax.models.decoder import Remat
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.parallel.engine import host_device, make_engine, on_host
 from lorafusion_jax.parallel.order import order_of
@@ -22,6 +20,7 @@ from lorafusion_jax.parallel.ranks import of_ranks, sum_ranks
 from lorafusion_jax.parallel.run import MeshPrograms, MeshRun
 from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.batch import longest_bucket, segment_bucket
+from lorafusion_jax.train.choices import Choices, kept, plan_memory
 from lorafusion_jax.train.evaluate import Evaluator
 from lorafusion_jax.train.events import JobSummary, Listener, Notice, RunPlanned
 from lorafusion_jax.train.goodput import Goodput
@@ -29,11 +28,9 @@ from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.loop import Run
 from lorafusion_jax.train.memory import (
     Step,
-    choose_remat,
     device_bytes,
     largest_capacity,
     moments_of,
-    predict,
 )
 from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
@@ -95,7 +92,21 @@ def prepare_run(
     listener(_planned(jobs, schedule, saved.cursor, base, state, frozen, tile))
     for notice in saved.notices:
         listener(Notice(notice))
-    capacity = max(m.capacity for m in schedule.plan.microbatches)
+    microbatches = schedule.plan.microbatches
+    capacity = max(m.capacity for m in microbatches)
+    step = memory_step(base, jobs, capacity, num_slots, tile, microbatches)
+    before = saved.choices
+    choices = kept(
+        before,
+        Choices(
+            devices=config.parallel.devices,
+            remat="none",  # chosen below
+            loss_chunk=step.loss_chunk,
+            eval_capacity=_eval_capacity(jobs, capacity, tile),
+            segments=step.segments,
+            longest=longest_bucket(microbatches),
+        ),
+    )
     programs: Programs
     make_run: Callable[..., Run]
     if on_mesh:
@@ -117,8 +128,12 @@ def prepare_run(
         make_run = partial(MeshRun, engine, programs)
         state = on_host(state)
     else:
-        step = memory_step(base, jobs, capacity, num_slots, tile, schedule.plan.microbatches)
-        remat, planned = _plan_memory(step, config.train.remat)
+        step = step._replace(
+            loss_chunk=choices.loss_chunk, segments=choices.segments, longest=choices.longest
+        )
+        remat, planned = plan_memory(
+            step, config.train.remat, None if before is None else before.remat
+        )
         model = Model(graphdef, remat, step.loss_chunk, config.train.deterministic)
         programs = Programs(model, frozen, listener, waiting=lambda: goodput.during("compile"))
         make_run = partial(Run, programs=programs)
@@ -127,12 +142,13 @@ def prepare_run(
         jobs=jobs,
         schedule=schedule,
         tile=tile,
-        evaluator=Evaluator(programs, jobs, _eval_capacity(jobs, capacity, tile), tile),
+        evaluator=Evaluator(programs, jobs, choices.eval_capacity, tile),
         state=state,
         folder=folder,
         saver=saver,
         listener=listener,
         facts=run_facts(config, base, jobs, to_json(schedule.plan), saved.added),
+        choices=choices._replace(remat=remat),
         progress={name: JobProgress(**values) for name, values in saved.progress.items()},
         cursor=saved.cursor,
         goodput=goodput,
@@ -183,17 +199,6 @@ def within_memory(
     longest = max((s.length for job in jobs for b in job.plan.batches for s in b), default=1)
     fitting = max(min(limit, most), padded(longest, tile))
     return batching.model_copy(update={"tokens_per_microbatch": min(limit, fitting)})
-
-
-def _plan_memory(step: Step, wish: Remat | Literal["auto"]) -> tuple[Remat, str]:
-    """Returns the remat policy, and what it was planned to need."""
-    available = device_bytes()
-    if wish == "auto":
-        remat = "none" if available is None else choose_remat(step, available)[0]
-    else:
-        remat = wish
-    has = "" if available is None else f"; the device has {available / 2**30:.2f} GiB"
-    return remat, f"train.remat {remat} was planned to need {predict(step, remat)}{has}"
 
 
 def targeted(base: Base, jobs: Sequence[TrainJob]) -> list[str]:

@@ -17,6 +17,7 @@ from lorafusion_jax.errors import CheckpointError, ConfigError
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.models.weights import tensor_name
 from lorafusion_jax.train.checkpoint import Checkpoints, Leaves, Restored, leaves_of, unflatten_like
+from lorafusion_jax.train.choices import Choices
 from lorafusion_jax.train.jobs import TrainJob
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.step import TrainState
@@ -170,6 +171,17 @@ class Saved:
     def capacities(self) -> tuple[int, ...]:
         """Microbatch sizes that the run may use; () where an older release did not save them."""
         return () if self.restored is None else tuple(self.restored.progress.get("capacities", ()))
+
+    @property
+    def choices(self) -> Choices | None:
+        """What the run chose by itself; None where it has to choose again.
+
+        So it is for a new run, after jobs have joined, and on another number of devices.
+        """
+        if self.restored is None or self.joined:
+            return None
+        saved = Choices.from_record(self.restored.progress.get("choices"))
+        return saved if saved and saved.devices == self.config.parallel.devices else None
 
     @property
     def change(self) -> dict[str, Any] | None:

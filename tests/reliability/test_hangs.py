@@ -152,7 +152,7 @@ KEPT_BY_TENSORSTORE = 200 * 512
 
 
 def growth(tmp_path, leak: int) -> dict[str, int]:
-    """What a run of 520 steps uses near its end beyond what it used at microbatch 100.
+    """What a run of 520 steps uses 500 microbatches later than at its 100th.
 
     Looked at after saves, so that none is under way. Python's memory is counted by tracemalloc, to
     the byte, less what tensorstore is known to keep; the resident memory also shows what the
@@ -163,7 +163,7 @@ def growth(tmp_path, leak: int) -> dict[str, int]:
     counts = [json.loads(x.partition(" ")[2]) for x in child.seen if x.startswith("counters")]
     counts = [count for count in counts if count["microbatch"] >= 100]
     early, late = counts[0], min(counts[-3:], key=lambda count: count["python"])
-    assert late["microbatch"] - early["microbatch"] >= 600 and late["programs"] <= 3 * 2
+    assert late["microbatch"] - early["microbatch"] >= 500 and late["programs"] <= 3 * 2
     grown = {name: late[name] - early[name] for name in late}
     grown["python"] -= counts.index(late) * KEPT_BY_TENSORSTORE
     return grown
