@@ -43,6 +43,11 @@ def drive(run: Run, signals: StopSignals, obey: Obedience) -> None:
 
 
 def _how_to_go_on(run: Run) -> str:
+    if not run.begun:
+        return (
+            "stopped by a signal before the first microbatch: nothing was trained yet and nothing "
+            "is lost, the same command starts the run"
+        )
     total = len(run.schedule.plan.microbatches)
     return (
         f"stopped by a signal after microbatch {run.cursor} of {total}; everything is saved, the "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from pydantic import ValidationError
 
 from lorafusion_jax.config import JobConfig, RunConfig, config_diff
 from lorafusion_jax.errors import CheckpointError, ConfigError
@@ -103,7 +105,7 @@ def check_same_run(
     Raises:
         ConfigError: something that decides the result has changed; lists all of it.
     """
-    old = RunConfig.model_validate_json(json.dumps(saved["config"]))
+    old = _config_of(saved)
     problems = [str(change) for change in config_diff(old, config) if change.kind == "refused"]
     if not _is_base(saved["base"], base):
         problems.append("base.model: it has other weights or another shape than before")
@@ -118,6 +120,23 @@ def check_same_run(
             + "\nundo the changes, choose another output, or start over with --resume never"
         )
     return [job.name for job in jobs if job.name not in saved["data"]]
+
+
+def _config_of(saved: Mapping[str, Any]) -> RunConfig:
+    """Returns the configuration of the run that saved.
+
+    Raises:
+        CheckpointError: it is none for this release.
+    """
+    try:
+        return RunConfig.model_validate_json(json.dumps(saved["config"]))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"the configuration that was saved with the checkpoint is not one of this release: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}; go "
+            "on with the release that saved it, or start over with --resume never"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -240,7 +259,8 @@ def find_saved(
         folder.remove_run()
         own.prepare()
         return Saved(config, tuple(jobs), own)
-    restored = own.restore() if resume == "auto" else _restore_from(Path(resume), notices)
+    source = Path(os.path.abspath(resume))  # also where it is said from inside: `.`, `..`, `5`
+    restored = own.restore() if resume == "auto" else _restore_from(source, notices)
     if restored is None:
         own.prepare()
         own.sweep()
@@ -252,7 +272,7 @@ def find_saved(
     except PlanError as error:
         raise CheckpointError(f"checkpoint {restored.step}: {error}") from error
     if resume != "auto":
-        _adopt_files(Path(resume), folder)
+        _adopt_files(source, folder)
     own.prepare()
     own.sweep()
     own.discard_after(restored.step)
@@ -272,7 +292,7 @@ def _with_added(
     names = {*saved.get("added", ())} - {job.name for job in jobs}
     if not names:
         return config, jobs
-    old = RunConfig.model_validate_json(json.dumps(saved["config"]))
+    old = _config_of(saved)
     added = [job for job in old.jobs if job.name in names]
     config = config.model_copy(update={"jobs": (*config.jobs, *added)})
     return config, (*jobs, *map(resolve, added))
@@ -282,7 +302,7 @@ def _restore_from(path: Path, notices: list[str]) -> Restored:
     """Restores from a run folder or from one checkpoint of it."""
     if (path / "checkpoints").is_dir():
         restored = Checkpoints(path / "checkpoints", say=notices.append).restore()
-    elif path.is_dir() and path.name.isdigit():
+    elif path.is_dir() and path.name.isdecimal() and path.name.isascii():
         restored = Checkpoints(path.parent, say=notices.append).restore(int(path.name))
     else:
         restored = None
@@ -294,13 +314,18 @@ def _restore_from(path: Path, notices: list[str]) -> Restored:
 
 
 def _adopt_files(path: Path, folder: RunFolder) -> None:
-    """Copies the metrics and adapters of another run, of which this one is the continuation."""
-    source = path if (path / "checkpoints").is_dir() else path.parents[1]
-    if source.resolve() == folder.path.resolve():
+    """Copies the metrics and adapters of another run, of which this one is the continuation.
+
+    A checkpoint may also have come alone, without the run's folder around it.
+    """
+    in_run = path.parent.name == folder.checkpoints.name
+    source = path if (path / "checkpoints").is_dir() else path.parent.parent if in_run else None
+    if source is not None and source.resolve() == folder.path.resolve():
         return
     if folder.checkpoints.exists():
         raise ConfigError(f"{folder.path} holds a run already: choose another output")
-    shutil.copytree(source / "jobs", folder.path / "jobs", dirs_exist_ok=True)
+    if source is not None and (source / "jobs").is_dir():
+        shutil.copytree(source / "jobs", folder.path / "jobs", dirs_exist_ok=True)
 
 
 def restore_state(fresh: TrainState, leaves: Leaves, *, joined: bool) -> TrainState:
