@@ -109,6 +109,7 @@ def test_the_folder_holds_what_the_layout_says(whole):
         "events.jsonl",
         "jobs",
         "plan.json",
+        "status.json",
         "summary.md",
         "train.log",
     }
