@@ -199,10 +199,13 @@ def store_tile(value, staged, warpgroup, out_g, first_row, first_column) -> None
         for row in range(0, value.shape[0], _PIECE)
         for column in range(0, value.shape[1], _PIECE)
     ]
+    # Mosaic drops the index of a dimension in which array and copy are one piece: all pieces of
+    # such an output would go to column 0. Those outside are left out, hence nothing is counted.
+    narrow = width <= _PIECE
     for index, (row, column) in enumerate(pieces):
         slot = staged.at[warpgroup, index % slots]
         # At most one piece less than there are slots is still on its way out of SMEM.
-        mgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        mgpu.wait_smem_to_gmem(0 if narrow else slots - 1, wait_read_only=True)
         slot[...] = value[row : row + _PIECE, column : column + _PIECE]
         mgpu.commit_smem()
         rows_, columns = (first_row + row, _PIECE), (first_column + column, _PIECE)
@@ -210,7 +213,7 @@ def store_tile(value, staged, warpgroup, out_g, first_row, first_column) -> None
         def copy(slot=slot, rows_=rows_, columns=columns):
             mgpu.copy_smem_to_gmem(slot, out_g.at[mgpu.pl.ds(*rows_), mgpu.pl.ds(*columns)])
 
-        if width > _PIECE:
-            copy()
-        else:  # Mosaic drops the index of a dimension of one piece: all would go to column 0
+        if narrow:
             mgpu.pl.when(first_column + column < width)(copy)
+        else:
+            copy()
