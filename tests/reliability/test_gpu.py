@@ -59,6 +59,15 @@ def shared_programs():
 
 
 @pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The same run in another process, which works while this one does."""
+    output = tmp_path_factory.mktemp("elsewhere") / "run"
+    process = child("tests.reliability.gpu_run", output)
+    yield output, process
+    process.kill()
+
+
+@pytest.fixture(scope="module")
 def whole(base, tmp_path_factory, shared_programs):
     """A run for which only our kernels would do: a fall back to XLA is an error."""
     output = tmp_path_factory.mktemp("whole") / "run"
@@ -70,13 +79,13 @@ def whole(base, tmp_path_factory, shared_programs):
 
 
 @pytest.mark.scenario("B5")
-def test_two_processes_have_the_same_bits(whole, tmp_path):
+def test_two_processes_have_the_same_bits(elsewhere, whole):
     """Each compiles for itself, and XLA chooses its algorithms anew."""
-    other = child("tests.reliability.gpu_run", tmp_path / "run")
-    said, _ = other.communicate(timeout=300)
-    assert other.returncode == 0, said[-3000:]
-    assert final_state(tmp_path / "run") == final_state(whole)
-    assert metrics(tmp_path / "run") == metrics(whole)
+    output, process = elsewhere
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    assert final_state(output) == final_state(whole)
+    assert metrics(output) == metrics(whole)
 
 
 @pytest.mark.scenario("B5")
