@@ -7,6 +7,7 @@ two compute warpgroups (0 and 1) and one that only moves memory (2).
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -46,6 +47,7 @@ MMA_ACCUMULATOR = Layout.MMA_ACC(jnp.bfloat16)  # register layout of `mma`; the 
 SMEM_BYTES = 232_448  # what one block may use on sm_90
 _MEMORY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 _H100_SMS = 132
+_ARRAY = object()  # where the arrays go among static arguments
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 _lowering: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
     "lowering", default=None
@@ -119,6 +121,39 @@ def tiles_of(columns: int):
 def tile_columns() -> int:
     """Columns of the tiles of kernels traced now, see `tiles_of`."""
     return _tile_columns.get()
+
+
+def traced_once[**P, R](operation: Callable[P, R]) -> Callable[P, R]:
+    """Lets calls with equal shapes and sizes share one trace, which is lowered once per program.
+
+    Lowering a kernel takes about half a second. Without this, each layer structure and each of
+    forward, backward and evaluation would lower every one of its kernels anew.
+
+    Args:
+        operation: takes arrays in any pytrees, and static arguments that are hashable leaves.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def traced(static, arrays):
+        _, treedef, rest = static
+        arrays = iter(arrays)
+        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in rest]
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        return operation(*args, **kwargs)
+
+    traced.__name__ = operation.__name__
+
+    @functools.wraps(operation)
+    def once(*args: P.args, **kwargs: P.kwargs) -> R:
+        if interpreting():  # its mode is not part of the key
+            return operation(*args, **kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
+        rest = tuple(_ARRAY if isinstance(x, jax.Array | np.ndarray) else x for x in leaves)
+        target = (capability(), num_sms(), tile_columns())
+        return traced((target, treedef, rest), arrays)
+
+    return once
 
 
 def swizzled(minor: int, dtype) -> tuple:

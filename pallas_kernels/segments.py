@@ -152,6 +152,7 @@ def for_each_run(split: Split, walk_ref, start_ref, slots: int, run) -> None:
                 run(slot, first, last, split.number + slot)
 
 
+@mgpu.traced_once
 def sum_segments(
     parts: Float[Array, "segments R N"], start: Int[Array, " E1"], split_length: int
 ) -> Float[Array, "E R N"]:

@@ -18,6 +18,7 @@ from pallas_kernels.segments import Tiles, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
 
+@mgpu.traced_once
 def base_up(
     x: Float[Array, "T K"],
     ws: tuple[Float[Array, "K _"], ...],
@@ -41,6 +42,7 @@ def base_up(
     return _launch(x, ws, ss, None, b, biases, rows, sizes)
 
 
+@mgpu.traced_once
 def base_up_with_s(
     x: Float[Array, "T K"],
     ws: tuple[Float[Array, "K _"], ...],

@@ -16,6 +16,7 @@ from pallas_kernels.tuning import DownTiles
 _ROWS = 64  # per block
 
 
+@mgpu.traced_once
 def down(
     x: Float[Array, "T K"],
     a: Float[Array, "E RC K"],

@@ -23,6 +23,7 @@ from pallas_kernels.segments import TILE_ROWS, Tiles, facts_of, load_facts
 from pallas_kernels.tuning import GemmTiles
 
 
+@mgpu.traced_once
 def dx(
     dys: tuple[Float[Array, "T _"], ...],
     ws: tuple[Float[Array, "K _"], ...],
@@ -44,6 +45,7 @@ def dx(
     return _launch(dys, ws, ds, a_t, None, rows, sizes)[0]
 
 
+@mgpu.traced_once
 def dx_with_da(
     dys: tuple[Float[Array, "T _"], ...],
     ws: tuple[Float[Array, "K _"], ...],

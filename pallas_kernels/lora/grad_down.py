@@ -20,6 +20,7 @@ _RANKS = 64  # rows of dA per product
 _MAX_CHUNKS = 3  # of them per block: 96 registers
 
 
+@mgpu.traced_once
 def grad_down(
     x: Float[Array, "T K"], ds: Float[Array, "T _"], rank: int, rows: Tiles, sizes: GradDownTiles
 ) -> Float[Array, "E RC K"]:

@@ -39,6 +39,7 @@ def _parts(widths: list[int], ranks: list[int], panel: int, splits: int) -> list
     return parts
 
 
+@mgpu.traced_once
 def grad_up(
     dys: tuple[Float[Array, "T _"], ...],
     b: tuple[Float[Array, "E _ _"], ...],

@@ -87,3 +87,22 @@ def test_under_vmap_s_is_not_absorbed():
     with tables.using(base_up=GemmTiles("m", absorb=True), dx=GemmTiles(absorb=True)):
         text = _lower(jax.vmap(both), case)
     assert "lora_down" in text and "with_s" not in text and "with_da" in text
+
+
+def test_equal_calls_share_one_kernel():
+    """Layers of one shape cost one lowering; other tile sizes get a kernel of their own."""
+    operands = arguments(rows=256, k=256, ns=(256,), rank=16, slots=1)
+
+    def twice(x, *rest):
+        return both(x, *rest), both(2 * x, *rest)
+
+    def with_other_sizes(*args):
+        first = both(*args)
+        with tables.using(base_up=GemmTiles("n", minor="n", width=8)):
+            return first, both(*args)
+
+    once, shared, apart = (
+        _lower(function, operands).count("mosaic_gpu_v2")
+        for function in (both, twice, with_other_sizes)
+    )
+    assert 0 < once == shared < apart
