@@ -10,6 +10,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def tile_columns() -> int:
     return _tile_columns.get()
 
 
-def traced_once[**P, R](operation: Callable[P, R]) -> Callable[P, R]:
+def traced_once[F: Callable[..., Any]](operation: F) -> F:
     """Lets calls with equal shapes and sizes share one trace, which is lowered once per program.
 
     Lowering a kernel takes about half a second. Without this, each layer structure and each of
@@ -133,18 +134,18 @@ def traced_once[**P, R](operation: Callable[P, R]) -> Callable[P, R]:
         operation: takes arrays in any pytrees, and static arguments that are hashable leaves.
     """
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def traced(static, arrays):
+    def run(static, arrays):
         _, treedef, rest = static
         arrays = iter(arrays)
         leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in rest]
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         return operation(*args, **kwargs)
 
-    traced.__name__ = operation.__name__
+    run.__name__ = operation.__name__
+    traced = jax.jit(run, static_argnums=0)
 
     @functools.wraps(operation)
-    def once(*args: P.args, **kwargs: P.kwargs) -> R:
+    def once(*args, **kwargs):
         if interpreting():  # its mode is not part of the key
             return operation(*args, **kwargs)
         leaves, treedef = jax.tree.flatten((args, kwargs))
@@ -153,7 +154,7 @@ def traced_once[**P, R](operation: Callable[P, R]) -> Callable[P, R]:
         target = (capability(), num_sms(), tile_columns())
         return traced((target, treedef, rest), arrays)
 
-    return once
+    return once  # pyright: ignore[reportReturnType]
 
 
 def swizzled(minor: int, dtype) -> tuple:
