@@ -204,12 +204,17 @@ class Board:
 
 
 def read_board(root: Path = RESULTS) -> Board:
-    """Reads the results of all devices."""
-    cpu: dict[str, Row] = {}
+    """Reads the results of all devices.
+
+    Of several GPUs, a failure on one counts; what one could not run, another may have shown.
+    """
+    cpu = {str(row["id"]): row for row in load(root / "cpu" / "reliability.json")}
     gpu: dict[str, Row] = {}
+    order = ("skipped", "passed", "failed")
     for path in sorted(root.glob("*/reliability.json")):
-        target = cpu if path.parent.name == "cpu" else gpu
-        target |= {str(row["id"]): row for row in load(path)}
+        for row in load(path) if path.parent.name != "cpu" else ():
+            known = gpu.setdefault(str(row["id"]), row)
+            gpu[str(row["id"])] = max(known, row, key=lambda r: order.index(str(r["result"])))
     return Board(cpu, gpu)
 
 

@@ -1,6 +1,7 @@
 """The scoreboard counts what it should, and its page is what its files say."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -110,3 +111,23 @@ def test_every_mark_is_a_scenario_and_the_evidence_is_still_there():
             path, _, name = test.partition("::")
             assert row["id"] in marks[ROOT / path], f"{row['id']} has lost {test}"
             assert re.search(rf"def {name}\b", (ROOT / path).read_text("utf-8"))
+
+
+def test_results_of_several_gpus_are_put_together(tmp_path):
+    for device, results in {
+        "cpu": {"A1": "passed", "B5": "failed"},
+        "h100": {"B5": "passed", "B6": "failed", "D5": "passed"},
+        "h200": {"B5": "passed", "B6": "passed", "D5": "skipped", "G1": "skipped"},
+    }.items():
+        (tmp_path / device).mkdir()
+        rows = [row(name, result) for name, result in results.items()]
+        (tmp_path / device / "reliability.json").write_text(json.dumps({"rows": rows}))
+    board = read_board(tmp_path)
+    verdicts = {name: board.verdict(SCENARIOS[name]) for name in ("A1", "B5", "B6", "D5", "G1")}
+    assert verdicts == {
+        "A1": "passed",
+        "B5": "passed",
+        "B6": "failed",
+        "D5": "passed",
+        "G1": "skipped",
+    }
