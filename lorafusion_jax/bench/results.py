@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import re
 import shlex
@@ -18,10 +19,20 @@ type Row = dict[str, str | int | float | bool | None]
 
 
 def device_name() -> str:
-    """Returns the first device's kind as a folder name, such as `nvidia-h100-80gb-hbm3`."""
+    """Returns the first device's kind as a folder name: `cpu`, `h100`, `geforce-rtx-4090`."""
     import jax
 
-    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+    return folder_of(jax.devices()[0].device_kind)
+
+
+def folder_of(kind: str) -> str:
+    """Returns a device's kind as a folder name, without maker, memory and form."""
+    words = re.findall(r"[a-z0-9]+", kind.lower())
+    words = words[words[:1] == ["nvidia"] :]
+    kept = itertools.takewhile(
+        lambda word: not re.fullmatch(r"\d+gb|hbm\d*|pcie|sxm\d*", word), words
+    )
+    return "-".join(kept)
 
 
 def versions() -> dict[str, str]:
