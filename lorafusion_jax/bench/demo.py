@@ -21,7 +21,9 @@ def rows_of(folder: RunFolder) -> list[Row]:
         ConfigError: a job was not evaluated before and after training.
     """
     rows: list[Row] = []
-    events = [event for event in folder.events() if event["event"] == "Evaluated"]
+    events = folder.events()
+    whole = _of_the_run(events)
+    events = [event for event in events if event["event"] == "Evaluated"]
     for name, job in folder.jobs.items():
         mine = [event for event in events if event["job"] == name]
         before = next((event for event in mine if event["step"] == 0), None)
@@ -39,8 +41,23 @@ def rows_of(folder: RunFolder) -> list[Row]:
                 "base_exact": before["exact_match"],
                 "adapter_exact": after["exact_match"],
             }
+            | whole
         )
     return rows
+
+
+def _of_the_run(events: list[dict]) -> Row:
+    """What all jobs share: real tokens per second of training, and the device's memory."""
+    ends = [event for event in events if event["event"] == "RunEnded"]
+    if not ends:
+        return {}
+    ended = max(ends, key=lambda event: event["tokens"])  # of the process that trained most
+    peak, seconds = ended["peak_bytes"], ended["parts"].get("train", 0)
+    return {
+        "run_tokens_per_s": ended["tokens"] / seconds if seconds else None,
+        "run_seconds": ended["seconds"],
+        "peak_gib": None if peak is None else peak / 2**30,
+    }
 
 
 def main(arguments: list[str], root: Path = RESULTS) -> int:

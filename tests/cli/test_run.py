@@ -79,6 +79,8 @@ def test_results_of_a_run_become_the_table_of_the_readme(trained, tmp_path):
     assert "`make demo`" in text
     assert all(f"| {job} |" in text for job in JOBS)
     assert list(tmp_path.glob("*/demo_loss.png"))
+    (results,) = tmp_path.glob("*/demo.json")
+    assert all(row["run_tokens_per_s"] > 0 for row in json.loads(results.read_text())["rows"])
 
 
 def test_unknown_job_is_refused(trained, lorafusion):
