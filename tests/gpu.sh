@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The GPU suite, by `make test-gpu`: accuracy, repeatability, isolation, then NVIDIA's sanitizer on
-# two shapes. About 6 minutes on an H100. PY is the interpreter; QUICK=1 leaves out the sanitizer.
+# The GPU suite, by `make test-gpu`: accuracy, repeatability, isolation, and NVIDIA's sanitizer on
+# two shapes. PY is the interpreter; QUICK=1 leaves out the sanitizer.
 set -uo pipefail
 PY=${PY:-python}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
@@ -20,16 +20,7 @@ step() {  # step SECONDS NAME COMMAND...
 # Most of the time goes into compilation, on one core each: four workers share the GPU.
 workers=()
 "$PY" -c 'import xdist' 2>/dev/null && workers=(-n 4 -p no:benchmark)
-step 330 "pytest -m gpu" "$PY" -m pytest -v -m gpu "${workers[@]}" --durations=8 "$@"
-if [ -z "${QUICK:-}" ]; then
-    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
-    if [ -z "$sanitizer" ]; then
-        echo "== compute-sanitizer is not installed: memcheck and racecheck were NOT run"
-    else
-        for tool in memcheck racecheck; do
-            step 75 "compute-sanitizer $tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
-                --kernel-name kernel_substring=lora_ "$PY" -m tests.kernels.two_shapes
-        done
-    fi
-fi
+fast=()
+[ -z "${QUICK:-}" ] || fast=(--ignore tests/reliability/test_sanitizers.py)
+step 450 "pytest -m gpu" "$PY" -m pytest -v -m gpu "${workers[@]}" "${fast[@]}" --durations=8 "$@"
 exit "$failed"
