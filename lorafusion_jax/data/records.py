@@ -13,7 +13,7 @@ not by the longest line. `lorafusion_jax.data.tables` reads the other kinds of f
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -281,7 +281,9 @@ def _message(turn: Any, where: str) -> Message:
 
 def _refuse_keys(value: dict[str, Any], where: str) -> None:
     for key in _REFUSED_KEYS:
-        if value.get(key):
+        found = value.get(key)
+        # By length, because an array of several elements is neither true nor false.
+        if len(found) if isinstance(found, Sized) else found:
             raise ValueError(f"{where}{key} is not supported, expected turns of plain text")
 
 

@@ -274,7 +274,8 @@ def _family(values: Values) -> _Family:
             f"config.json: model_type {model_type!r} (architectures {architectures}) is not "
             f"supported: expected one of {', '.join(FAMILIES)}"
         )
-    if architectures and family.architecture not in architectures:
+    known = architectures if isinstance(architectures, list) else [architectures]
+    if architectures and family.architecture not in known:
         raise ModelError(
             f"config.json: architectures {architectures}: expected {family.architecture!r}"
         )

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from lorafusion_jax.data import Message, read_records, records_from_rows
@@ -157,6 +158,15 @@ def test_unreadable_files(tmp_path):
 def test_rows_in_memory_are_named_by_number():
     with pytest.raises(DataError, match=r"^mine:2: completion is 3, expected a text"):
         records_from_rows([{"prompt": "", "completion": c} for c in ("a", 3)], name="mine")
+
+
+@pytest.mark.parametrize("tools", [["t"], ("t",), np.asarray(["t", "u"]), {"a": 1}, "t", 1])
+def test_what_would_be_lost_is_refused_whatever_holds_it(tools):
+    turns = [{"role": "assistant", "content": "a"}]
+    with pytest.raises(DataError, match="tools is not supported"):
+        records_of([(1, {"messages": turns, "tools": tools})], "data", "auto")
+    for none in (None, [], np.asarray([]), "", {}):
+        assert records_of([(1, {"messages": turns, "tools": none})], "data", "auto")
 
 
 def test_keys_that_are_no_text_are_shown():

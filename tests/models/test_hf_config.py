@@ -97,6 +97,7 @@ def test_keys_of_real_models_are_read(name):
         ("gemma3_text", {"model_type": "gemma3"}, ["gemma3", *FAMILIES]),
         ("qwen3", {"model_type": "qwen3_moe"}, ["qwen3_moe", "qwen3"]),
         ("qwen3", {"architectures": ["Qwen3ForSequenceClassification"]}, ["Qwen3ForCausalLM"]),
+        ("qwen3", {"architectures": 1.5}, ["architectures 1.5", "Qwen3ForCausalLM"]),
         ("gemma2", {"hidden_activation": "gelu"}, ["hidden_activation", "gelu_pytorch_tanh"]),
         ("gemma2", {"hidden_act": "silu"}, ["hidden_act", "silu"]),
         ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
