@@ -132,16 +132,21 @@ def throughput(plan: Plan, jobs: Mapping[str, Records]) -> tuple[list[int], list
 
 
 def plot_gantt(
-    runs: Mapping[str, tuple[Plan, Timeline]], path: Path, *, until: float | None = None
+    runs: Mapping[str, tuple[Plan, Timeline]],
+    path: Path,
+    *,
+    until: float | None = None,
+    unit: str = "simulated time",
 ) -> None:
-    """Draws simulated pipelines below each other: a lane per stage, a stripe per job.
+    """Draws pipelines, simulated or measured, below each other: a lane per stage, a stripe per job.
 
     Forwards are light, backwards dark, waiting is white; all runs share one axis of time.
 
     Args:
-        runs: a plan and its simulation by title.
+        runs: a plan and how it ran by title.
         path: PNG file to write.
         until: time at which the picture ends; by default that of the 40th slot of the first run.
+        unit: what stands at the axis of time.
     """
     if until is None:
         first = next(iter(runs.values()))[1]
@@ -171,7 +176,7 @@ def plot_gantt(
     panels[0, 0].legend(
         fontsize="small", ncols=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.2
     )
-    panels[-1, 0].set_xlabel("simulated time")
+    panels[-1, 0].set_xlabel(unit)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI, metadata={"Software": None})

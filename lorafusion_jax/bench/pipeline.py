@@ -9,14 +9,10 @@ Gantt page beside it.
 """
 
 import argparse
-import queue
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +25,15 @@ from lorafusion_jax.bench.mesh_models import (
     peak_flops,
     train_flops,
 )
+from lorafusion_jax.bench.pipeline_report import draw_speed
+from lorafusion_jax.bench.pipeline_time import (
+    TICKS,
+    Stream,
+    full_tick,
+    measured_timeline,
+    ranks_of,
+    steady,
+)
 from lorafusion_jax.bench.results import RESULTS, Row, device_name, write_results
 from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
 from lorafusion_jax.errors import ConfigError
@@ -37,12 +42,13 @@ from lorafusion_jax.models.decoder import REMAT_POLICIES, Remat
 from lorafusion_jax.parallel.convert import make_names
 from lorafusion_jax.parallel.layout import even_layout
 from lorafusion_jax.parallel.mesh import make_mesh
-from lorafusion_jax.parallel.pipeline import Order, Pipeline, Window, ring_of
+from lorafusion_jax.parallel.pipeline import Order, Pipeline, ring_of
 from lorafusion_jax.parallel.residuals import backward_ratio, choose_policies, in_words
 from lorafusion_jax.parallel.stage import StageModel, policies_at
 from lorafusion_jax.parallel.state import StreamState, bank_shapes, mesh_sizes
-from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
+from lorafusion_jax.parallel.stream import Slot, pack_slot
 from lorafusion_jax.parallel.weights import Frozen, random_weights
+from lorafusion_jax.plots import plot_gantt
 from lorafusion_jax.train.batch import JobRows, longest_bucket, segment_bucket
 from lorafusion_jax.train.memory import Step, device_bytes
 from lorafusion_jax.train.optimizer import OPTIMIZERS, Hyper
@@ -50,23 +56,19 @@ from lorafusion_jax.train.step import loss_chunk
 from lorafusion_sched import (
     Cost,
     Job,
-    Microbatch,
     Plan,
     Problem,
-    Timeline,
     distance_of,
     plan,
     simulate,
 )
 from lorafusion_sched.baselines import megatron, mlora
 from lorafusion_sched.gantt import gantt_html
-from lorafusion_sched.simulate import Span
 
 RANK, DROPOUT = 16, 0.1
+TRACED = 48
+"""Slots of the picture: every tick of theirs is timed."""
 SYSTEMS = ("ours", "mlora", "megatron")
-TICKS = 8
-"""Of a call whose speed is measured; every tick is a call where they are timed one by one."""
-IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,8 @@ def planned(system: str, jobs: Sequence[Job], bench: Bench) -> Plan:
     return (megatron if system == "megatron" else mlora)(problem, samples=largest)
 
 
-def slots_of(whole: Plan, jobs: Sequence[Job], bench: Bench) -> list[Slot]:
-    """Packs all slots of a plan."""
-    longest = longest_bucket(whole.microbatches)
+def slots_of(whole: Plan, jobs: Sequence[Job], bench: Bench, sizes: tuple[int, int]) -> list[Slot]:
+    """Packs all slots of a plan; `sizes` are static segments and the longest of them."""
     rows = {
         job.name: JobRows(
             number,
@@ -216,8 +217,8 @@ def slots_of(whole: Plan, jobs: Sequence[Job], bench: Bench) -> list[Slot]:
             capacity=bench.capacity,
             tile=bench.tile,
             num_slots=bench.adapters,
-            max_segments=segment_bucket(whole.microbatches, longest),
-            longest=longest,
+            max_segments=sizes[0],
+            longest=sizes[1],
         )
         for i in range(0, len(whole.microbatches), whole.width)
     ]
@@ -237,194 +238,79 @@ def hyper_of(adapters: int) -> Hyper:
     return Hyper(**fields)  # pyright: ignore[reportArgumentType]
 
 
-class Stream:
-    """A plan's slots on their way through an engine, and when they came out.
+def measure(
+    bench: Bench,
+    whole: Plan,
+    jobs: Sequence[Job],
+    backward: float,
+    pages: Path,
+    label: str,
+    sizes: tuple[int, int],
+    picture: Path | None,
+) -> Row:
+    """Runs a plan and returns its figures; writes its Gantt pages.
 
     Args:
         bench: the engine.
-        slots: of the plan.
+        whole: the plan.
+        jobs: that it trains.
+        backward: time of a backward over that of a forward.
+        pages: folder for the pages.
+        label: what is measured, for the pages.
+        sizes: static segments of a microbatch, and rows of the longest.
+        picture: of the predicted and the measured run, to be written.
     """
-
-    def __init__(self, bench: Bench, slots: Sequence[Slot]):
-        self._bench, self._lag = bench, bench.pipeline.lag
-        self._slots, self._none = slots, empty_slot(slots[0])
-        self.ticks = len(slots) + self._lag + 1
-        """The first one only fetches the first embedding."""
-
-    def run(self, ticks: int) -> tuple[StreamState, list[float]]:
-        """Feeds all slots and drains, in calls of so many ticks.
-
-        Returns:
-            The state, and when each call had ended, in seconds since the first began.
-        """
-        pipeline, hyper = self._bench.pipeline, hyper_of(self._bench.adapters)
-        state = jax.block_until_ready(self._bench.state(self._slots[0]))
-        calls = [(t, self._window(t)) for t in range(-1, self.ticks - 1, ticks)]
-        under_way: queue.Queue[jax.Array | None] = queue.Queue()
-        ends: list[float] = []
-        # A call with conditionals returns late on a GPU: only another thread sees when it ended.
-        watch = threading.Thread(target=_note_ends, args=(under_way, ends))
-        watch.start()
-        start = time.perf_counter()
-        try:
-            for t0, window in calls:
-                count = min(ticks, self.ticks - 1 - t0)
-                state, report = pipeline.run(
-                    state,
-                    hyper,
-                    self._bench.frozen,
-                    window,
-                    np.int32(t0),
-                    np.int32(count),
-                    ticks=TICKS,
-                )
-                under_way.put(report.loss)
-                while len(under_way.queue) > IN_FLIGHT:
-                    time.sleep(1e-4)
-        finally:
-            under_way.put(None)
-            watch.join()
-        return state, [end - start for end in ends]
-
-    def _window(self, t0: int) -> Window:
-        need = range(t0 - self._lag, t0 + TICKS + 1)
-        count = len(self._slots)
-        slots = [self._slots[m] if 0 <= m < count else self._none for m in need]
-        return window_of(slots, self._bench.pipeline.mesh)
-
-
-def _note_ends(under_way: queue.Queue[jax.Array | None], ends: list[float]) -> None:
-    """Notes when each of the arrays is there."""
-    while (result := under_way.get()) is not None:
-        result.block_until_ready()
-        ends.append(time.perf_counter())
-
-
-def measured_timeline(
-    whole: Plan, ends: Sequence[float], stages: int, backward: float, predicted: Timeline
-) -> Timeline:
-    """Draws ticks as forwards and backwards, in the order of the engine.
-
-    Phases are not timed one by one: a tick is divided as the cost model divides it.
-    """
-    count, lag = len(whole.microbatches) // whole.width, 2 * stages - 1
-    real = [
-        any(m.stretches for m in whole.microbatches[i * whole.width : (i + 1) * whole.width])
-        for i in range(count)
-    ]
-    spans = []
-    for tick in range(count + lag):
-        begin, end = ends[tick], ends[min(tick + 1, len(ends) - 1)]
-        middle = begin + (end - begin) / (1 + backward)
-        for stage in range(stages):
-            for phase, slot, a, b in (
-                ("F", tick - stage, begin, middle),
-                ("B", tick - lag + stage, middle, end),
-            ):
-                if 0 <= slot < count and real[slot]:
-                    spans.append(Span(stage, slot, phase, a, b))
-    busy = [sum(s.end - s.start for s in spans if s.stage == i) for i in range(stages)]
-    return Timeline(ends[-1] - ends[0], tuple(busy), predicted.useful, tuple(spans))
-
-
-def measure(
-    bench: Bench, system: str, jobs: Sequence[Job], backward: float, root: Path, label: str
-) -> Row:
-    """Runs one system's plan and returns its figures; writes its Gantt pages."""
-    whole = planned(system, jobs, bench)
-    slots = slots_of(whole, jobs, bench)
+    slots = slots_of(whole, jobs, bench, sizes)
     data, stages = mesh_sizes(bench.pipeline.mesh)
-    Stream(bench, slots[:2]).run(TICKS)  # compiles
-    stream = Stream(bench, slots)
-    state, calls = stream.run(TICKS)
+    hyper = hyper_of(bench.adapters)
+    Stream(bench.pipeline, bench.frozen, hyper, slots[:2]).run(bench.state(slots[0]), TICKS)
+    stream = Stream(bench.pipeline, bench.frozen, hyper, slots)  # all is compiled now
+    state, calls = stream.run(bench.state(slots[0]), TICKS)
     stale = np.asarray([x.data for x in state.flow.stale.addressable_shards])
     del state  # its rings fill the device
-    ends = stream.run(1)[1]
+    part = replace(whole, microbatches=whole.microbatches[: TRACED * data])
+    part_stream = Stream(bench.pipeline, bench.frozen, hyper, slots[:TRACED])
+    ends = part_stream.run(bench.state(slots[0]), 1)[1]
     seconds, valid = calls[-1], [bool(slot.valid.any()) for slot in slots]
-    real = sum(valid)
+    real, seen = sum(valid), valid[:TRACED]
+    ticks = np.diff(ends)
     # A short stream has no tick in which all stages are busy: its longest one stands for that.
-    traced = full_tick(np.diff(ends), valid, stages) or float(np.diff(ends).max())
+    traced = full_tick(ticks, seen, stages) or float(ticks.max())
     full = min(full_tick(np.diff(calls), valid, stages, TICKS) or traced, traced)
-    cost = Cost(per_token=1 / bench.capacity, backward=backward)
-    predicted = simulate(whole, cost, stages, bench.pipeline.order)
-    unit = full / (1 + backward)
+    order = bench.pipeline.order
+    cost = Cost(per_token=full / (1 + backward) / bench.capacity, backward=backward)
+    predicted = simulate(whole, cost, stages, order)
     lengths = [s.length for job in jobs for batch in job.batches for s in batch]
     peak = peak_flops(jax.devices()[0].device_kind)
     flops = train_flops(bench.config, lengths, RANK)
-    gantt = {"predicted": predicted}
-    gantt["measured"] = measured_timeline(whole, ends, stages, backward, predicted)
+    slow = Cost(per_token=traced / (1 + backward) / bench.capacity, backward=backward)
+    gantt = {"predicted": simulate(part, slow, stages, order)}
+    gantt["measured"] = measured_timeline(part, ends, stages, backward, gantt["predicted"])
     for kind, timeline in gantt.items():
-        page = gantt_html(whole, timeline, title=f"{label}, {system}, {kind}")
-        (root / f"gantt_{label}_{system}_{kind}.html".replace(" ", "_")).write_text(page)
+        page = gantt_html(part, timeline, title=f"{label}, {kind}")
+        (pages / f"gantt_{label}_{kind}.html".replace(" ", "_")).write_text(page)
+    if picture is not None:
+        titled = {f"{label}, {kind}": (part, timeline) for kind, timeline in gantt.items()}
+        plot_gantt(titled, picture, unit="seconds")
     memory = jax.local_devices()[0].memory_stats() or {}
-    tokens = [float(sum(s.tokens() for m in part for s in m.stretches)) for part in ranks_of(whole)]
+    tokens = [float(sum(s.tokens() for m in slot for s in m.stretches)) for slot in ranks_of(part)]
     return {
-        "system": system,
         "tokens_per_s": sum(lengths) / seconds,
-        "tokens_per_s_steady": steady(np.diff(ends), tokens, stages, backward) * traced / full,
+        "tokens_per_s_steady": steady(ticks, tokens, stages, backward) * traced / full,
         "mfu": None if peak is None else flops / seconds / (peak * data * stages),
         "bubble": 1 - real * full / seconds,
-        "bubble_steady": 1 - steady(np.diff(ends), valid, stages, backward) * traced,
+        "bubble_steady": 1 - steady(ticks, seen, stages, backward) * traced,
         "slots": len(slots),
         "noops": len(slots) - real,
         "tick_ms": full * 1e3,
         "call_ms": (traced - full) * 1e3,
         "seconds": seconds,
-        "predicted_seconds": predicted.makespan * unit,
-        "predicted_error": predicted.makespan * unit / seconds - 1,
+        "predicted_seconds": predicted.makespan,
+        "predicted_error": predicted.makespan / seconds - 1,
         "stale": int(stale.sum()),
         "peak_gib": memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None,
-        "ticks_ms": " ".join(f"{t * 1e3:.2f}" for t in np.diff(ends)),
+        "ticks_ms": " ".join(f"{t * 1e3:.2f}" for t in ticks),
     }
-
-
-def ranks_of(whole: Plan) -> list[tuple[Microbatch, ...]]:
-    """Returns the microbatches of each slot."""
-    count = len(whole.microbatches)
-    return [whole.microbatches[i : i + whole.width] for i in range(0, count, whole.width)]
-
-
-def steady(ticks: np.ndarray, of_slots: Sequence[float], stages: int, backward: float) -> float:
-    """Returns what was done per second between the fill and the drain; 0 for too short a stream.
-
-    A slot counts where each stage runs its forward and its backward, by their shares of the time.
-
-    Args:
-        ticks: seconds of each tick, from the one on in which slot 0 enters.
-        of_slots: what each slot is worth: its tokens, or 1 where it has work.
-        stages: of the pipeline.
-        backward: time of a backward over that of a forward.
-    """
-    lag, count = 2 * stages - 1, len(of_slots)
-    done = 0.0
-    for tick in range(lag, count):
-        for stage in range(stages):
-            forward, back = of_slots[tick - stage], of_slots[tick - lag + stage]
-            done += (forward + backward * back) / (1 + backward) / stages
-    return done / float(ticks[lag:count].sum()) if count > lag else 0.0
-
-
-def full_tick(
-    spans: np.ndarray, valid: Sequence[bool], stages: int, ticks: int = 1
-) -> float | None:
-    """Returns the median time of a tick in which every stage has a forward and a backward.
-
-    Args:
-        spans: seconds of each call, from the second call on.
-        valid: whether each slot has work.
-        stages: of the pipeline.
-        ticks: of a call; the first call's first tick is -1.
-
-    Returns:
-        Seconds, None where no call has such ticks alone.
-    """
-    lag, found = 2 * stages - 1, []
-    for call, seconds in enumerate(spans, 1):
-        first = call * ticks - 1
-        around = range(first - lag, first + ticks)
-        if all(0 <= slot < len(valid) and valid[slot] for slot in around):
-            found.append(float(seconds) / ticks)
-    return median(found) if found else None
 
 
 def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
@@ -452,9 +338,14 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
             jobs = jobs_of(lengths, arguments.gbs, 0, jobs=adapters, batches=arguments.batches)
             if arguments.shrink != 1:
                 jobs = [_shrunk(job, arguments.shrink) for job in jobs]
-            for system in arguments.systems:
+            plans = {system: planned(system, jobs, bench) for system in arguments.systems}
+            everything = [m for whole in plans.values() for m in whole.microbatches]
+            longest = longest_bucket(everything)
+            sizes = (segment_bucket(everything, longest), longest)  # one program for all systems
+            for system, whole in plans.items():
                 label = f"{arguments.model} {arguments.stages}x{arguments.data} {lengths}"
                 row: Row = {
+                    "system": system,
                     "mesh": f"data={arguments.data},stage={arguments.stages}",
                     "model": arguments.model,
                     "layers": config.num_hidden_layers,
@@ -469,7 +360,11 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
                     else in_words(model.remat),
                     "batches": arguments.batches,
                 }
-                row |= measure(bench, system, jobs, backward, root, label)
+                page = f"{label} {system}"
+                picture = root.parent / f"{root.name}_gantt.png"
+                first = system == "ours" and lengths == arguments.lengths[0]
+                drawn = picture if first and adapters == arguments.adapters[0] else None
+                row |= measure(bench, whole, jobs, backward, root, page, sizes, drawn)
                 print(
                     f"{label} {adapters} adapters {system}: {row['tokens_per_s']:.0f} tokens/s "
                     f"(steady {row['tokens_per_s_steady']:.0f}), remat {row['remat']}, "
@@ -521,6 +416,8 @@ def run(name: str, arguments: argparse.Namespace) -> int:
         arguments.layers = arguments.layers or arguments.stages
         arguments.shrink, arguments.gbs, arguments.batches = 0.015, 4, 3
         arguments.lengths = arguments.lengths[:1] if len(arguments.lengths) == 1 else ["het"]
+    if arguments.stages == 1:
+        arguments.order = "bfh"  # there is nobody to exchange with
     if unknown := set(arguments.systems) - set(SYSTEMS):
         raise ConfigError(f"--systems {unknown.pop()}: expected some of {', '.join(SYSTEMS)}")
     if unknown := set(arguments.lengths) - set(LENGTHS):
@@ -530,7 +427,7 @@ def run(name: str, arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     for row in rows_of(arguments, pages):
         rows.append(row)
-        write_results(name, rows, root=arguments.out)
+        draw_speed(rows, write_results(name, rows, root=arguments.out))
     print(pages.parent / f"{name}.json")
     return 0
 

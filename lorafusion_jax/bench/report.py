@@ -50,6 +50,22 @@ class Table(NamedTuple):
     having: tuple[str, tuple[Column, ...]] | None = None
 
 
+_MESH_COLUMNS = (
+    Column("system", "system"),
+    Column("model", "model"),
+    Column("layers", "layers"),
+    Column("mesh", "mesh"),
+    Column("lengths", "lengths"),
+    Column("adapters", "adapters"),
+    Column("remat", "computed again"),
+    Column("tokens_per_s", "tokens/s", ",.0f"),
+    Column("tokens_per_s_steady", "steady", ",.0f"),
+    Column("mfu", "MFU", ".1%"),
+    Column("bubble", "bubble", ".1%"),
+    Column("bubble_steady", "steady", ".1%"),
+    Column("predicted_error", "predicted time", "+.1%"),
+    Column("peak_gib", "peak GiB", ".1f"),
+)
 TABLES = {
     "demo": Table(
         "The demo: four tasks learnt together",
@@ -145,18 +161,8 @@ TABLES = {
         value=Column("utilisation", "utilisation of a simulated pipeline", ".1%"),
         where={"part": "pipeline", "clock": "1f1b"},
     ),
-    "scaling": Table(
-        "Several devices",
-        (
-            Column("system", "system"),
-            Column("model", "model"),
-            Column("mesh", "mesh"),
-            Column("lengths", "lengths"),
-            Column("tokens_per_s", "tokens/s", ",.0f"),
-            Column("mfu", "MFU", ".1%"),
-            Column("bubble", "bubble", ".1%"),
-        ),
-    ),
+    "pipeline": Table("A pipeline against other schedules", _MESH_COLUMNS),
+    "scaling": Table("Large models on several devices", _MESH_COLUMNS),
 }
 
 

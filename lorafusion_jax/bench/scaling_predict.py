@@ -1,60 +1,101 @@
 """Predicts large meshes from what was measured on one GPU; every assumption is in the file."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from lorafusion_jax.bench.mesh_models import MODELS, PEAK_FLOPS, linear_widths, train_flops
 from lorafusion_jax.bench.pipeline import RANK
 from lorafusion_jax.bench.results import Row, write_results
 from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
+from lorafusion_jax.errors import ResourceError
+from lorafusion_jax.models.decoder import Remat
+from lorafusion_jax.parallel.pipeline import ring_of
+from lorafusion_jax.parallel.residuals import BACKWARD, backward_ratio, choose_policies, in_words
+from lorafusion_jax.train.memory import Step, kept_bytes
 from lorafusion_sched import Cost, Job, Plan, Problem, distance_of, plan, simulate
 from lorafusion_sched.baselines import megatron, mlora
 from lorafusion_sched.simulate import Timeline
 
 PEAK = PEAK_FLOPS["H100"]
-# One Llama-3.1-8B layer, 4 x 2048 tokens, frozen, torch.compile: 61.4% of peak on one H100. The
-# fused LoRA linears cost 1.10 to 1.16 of the frozen ones by kernel times; 1.13 here.
-LAYER_MFU = 0.614 / 1.13
+# One Llama-3.1-8B layer with LoRA, rank 16 and dropout 0.1, 8192 tokens: 14.25 ms on one H200; the
+# work is 12.55 ms at 61.4% of peak.
+LAYER_MFU = 0.614 * 12.55 / 14.25
 HEAD_MFU = 0.5  # head and loss in one pass: 1.04 times its two matrix products, f32 sums included
-TICK_EXCHANGE = 0.03  # of a tick, measured on two GPUs with residuals saved
-HEAD_EXCHANGE = 0.05  # vocabulary-parallel head on two GPUs: 1.83 against 1.93 times one GPU
 NVLINK = 223e9  # bytes/s one way, measured on two GPUs: 67 MB in 0.30 ms
 NETWORK = 40e9  # bytes/s per GPU between hosts: 400 Gb/s, 80% of it; not measured
+MEMORY = 2.9e12  # bytes/s of a copy on one H100, measured
 GPUS_PER_HOST = 8
-CAPACITY = 8192
-RECOMPUTE = {"none": 1.1, "full": 2.1}  # backward over forward
+DEVICE_BYTES = int(0.95 * 79.1 * 2**30)  # of an H100, preallocated
+CAPACITIES = (4096, 8192)
+CLOCKS: tuple[Literal["fbh", "bfh"], ...] = ("fbh", "bfh")
 
 ASSUMPTIONS = (
-    "layer: 61.4% MFU of a frozen layer on one H100 (measured), times 1/1.13 for LoRA (sum of "
-    "kernel times, measured in parts)",
-    "full recomputation: the backward takes 2.1 forwards, without it 1.1",
-    "exchange between stages 3% of a tick (measured on 2 GPUs), vocabulary-parallel head's "
-    "exchanges another 5% (measured on 2 GPUs)",
+    "layer: 54.1% MFU without recomputation, measured on one H200 with a layer of the 8B shape; "
+    "those of 70B are taken to be as efficient, also with 4096 rows",
+    "backward: 1.1 forwards, and the large products that the layers' policies compute again; the "
+    "policies are the richest that fit 95% of an H100's 79.1 GiB less 8% head-room, as predicted",
+    "what waits in the rings is copied in and out at 2.9 TB/s (measured)",
+    "all exchanges of a tick are exposed, at 223 GB/s (measured on 2 GPUs): two one way, one "
+    "broadcast, two sums",
     "gradients of an ended batch are reduced over data ranks once, f32, ring all-reduce: "
     "223 GB/s in a host (measured on 2 GPUs), 40 GB/s per GPU between hosts (assumed)",
-    "optimizer, host and checkpoint time are not in it; every slot is a static row of 8192 tokens",
+    "optimizer, host and checkpoint time are not in it; a slot is a static row of so many tokens",
     "stages lie in one host; data ranks are spread over hosts; no stragglers",
+    "each system has the capacity and order of phases that are best for it",
 )
 
 
-def stage_seconds(model: str, stages: int, rows: int, remat: str) -> tuple[float, float]:
-    """Returns seconds of one slot's forward on a stage, and of its whole tick, without exchanges.
+class TickTime(NamedTuple):
+    """Seconds of a full tick of one stage.
+
+    Attributes:
+        forward: of its layers.
+        backward: of its layers, what is computed again included.
+        rest: head, copies of the rings, exchanges.
+    """
+
+    forward: float
+    backward: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return sum(self)
+
+
+def policies_for(
+    model: str, stages: int, rows: int, adapters: int, clock: Literal["fbh", "bfh"]
+) -> tuple[Remat, ...]:
+    """Returns the policies that fit an H100."""
+    step = Step(MODELS[model], rows, adapters, RANK, loss_chunk=2048)
+    return choose_policies(step, stages, ring_of(clock, stages), DEVICE_BYTES)[0]
+
+
+def tick_time(model: str, stages: int, rows: int, policies: Sequence[Remat]) -> TickTime:
+    """Predicts the time of a full tick; all rows are computed whether real or not.
 
     Args:
         model: name of the shape.
         stages: pipeline stages.
-        rows: tokens of the slot; computed whether real or not.
-        remat: "none" or "full".
+        rows: tokens of the slot.
+        policies: of the layer places.
     """
     config = MODELS[model]
     lengths = [2048] * (rows // 2048)
-    layers = -(-config.num_hidden_layers // stages)
     one_layer = replace(config, num_hidden_layers=1)
     head = 4.0 * rows * config.vocab_size * config.hidden_size
     layer = (train_flops(one_layer, lengths, RANK) - head) / (PEAK * LAYER_MFU)
-    forward = layers * layer / 2.1
-    head_seconds = head / stages / (PEAK * HEAD_MFU)
-    return forward, forward * (1 + RECOMPUTE[remat]) + head_seconds
+    forward = len(policies) * layer / (1 + BACKWARD)
+    step = Step(config, rows, 1, RANK)
+    copies = sum(4 * kept_bytes(step, remat) for remat in policies) / MEMORY
+    tile = 2.0 * rows * config.hidden_size
+    exchanges = 7 * tile / NVLINK if stages > 1 else 0.0
+    rest = head / stages / (PEAK * HEAD_MFU) + copies + exchanges
+    return TickTime(forward, forward * backward_ratio(config, policies), rest)
 
 
 def reduction_seconds(model: str, data: int, stages: int) -> float:
@@ -69,17 +110,20 @@ def reduction_seconds(model: str, data: int, stages: int) -> float:
 
 
 def predicted(
-    model: str, system: str, jobs: list[Job], *, stages: int, data: int, remat: str
+    model: str, system: str, jobs: list[Job], *, stages: int, data: int, capacity: int, clock: str
 ) -> tuple[Plan, Timeline, Row]:
     """Plans and simulates one case."""
-    clock = "bfh" if stages == 1 else "fbh"
-    cost = Cost(per_token=1 / CAPACITY, backward=RECOMPUTE[remat])
+    order: Literal["fbh", "bfh"] = "bfh" if stages == 1 or clock == "bfh" else "fbh"
+    policies = policies_for(model, stages, capacity, len(jobs), order)
+    tick = tick_time(model, stages, capacity, policies)
+    backward = tick.backward / tick.forward
+    cost = Cost(per_token=1 / capacity, backward=backward)
     problem = Problem(
         jobs=tuple(jobs),
-        capacities=(CAPACITY,),
-        distance=distance_of(clock, stages),
+        capacities=(capacity,),
+        distance=distance_of(order, stages),
         width=data,
-        clock=clock,
+        clock=order,
         cost=cost,
     )
     largest = max(len(batch) for job in jobs for batch in job.batches)
@@ -87,38 +131,51 @@ def predicted(
         whole = plan(problem)
     else:
         whole = (megatron if system == "megatron" else mlora)(problem, samples=largest)
-    timeline = simulate(whole, cost, stages, clock)
-    forward, tick = stage_seconds(model, stages, CAPACITY, remat)
-    unit = tick / (1 + RECOMPUTE[remat])  # the head's time goes with the phases
-    exchanges = 1 + (TICK_EXCHANGE + HEAD_EXCHANGE if stages > 1 else 0)
+    timeline = simulate(whole, cost, stages, order)
+    unit = tick.total / (1 + backward)  # the rest's time goes with the phases
     updates = sum(len(job.batches) for job in jobs)
     reduction = updates * reduction_seconds(model, data, stages)
-    seconds = timeline.makespan * unit * exchanges + reduction
+    seconds = timeline.makespan * unit + reduction
     lengths = [s.length for job in jobs for batch in job.batches for s in batch]
     slots = len(whole.microbatches) // data
     real = sum(
         any(m.stretches for m in whole.microbatches[i * data : (i + 1) * data])
         for i in range(slots)
     )
-    full = tick * exchanges
     row: Row = {
         "system": system,
         "mesh": f"data={data},stage={stages}",
         "gpus": data * stages,
         "model": model,
         "layers": MODELS[model].num_hidden_layers,
-        "remat": remat,
+        "capacity": capacity,
+        "order": order,
+        "remat": in_words(policies),
         "tokens_per_s": sum(lengths) / seconds,
         "mfu": train_flops(MODELS[model], lengths, RANK) / seconds / (PEAK * data * stages),
-        "bubble": 1 - real * full / seconds,
-        "bubble_steady": 1 - real / slots,
+        "bubble": 1 - real * tick.total / seconds,
+        "noop_share": 1 - real / slots,
         "reduction_share": reduction / seconds,
         "slots": slots,
         "noops": slots - real,
-        "tick_ms": full * 1e3,
-        "forward_ms": forward * 1e3,
+        "tick_ms": tick.total * 1e3,
+        "forward_ms": tick.forward * 1e3,
     }
     return whole, timeline, row
+
+
+def best(model: str, system: str, jobs: list[Job], *, stages: int, data: int) -> Row:
+    """Returns the case with the capacity and order that are fastest, of those that fit."""
+    rows, refusal = [], None
+    for capacity, clock in product(CAPACITIES, CLOCKS):
+        case = {"stages": stages, "data": data, "capacity": capacity, "clock": clock}
+        try:
+            rows.append(predicted(model, system, jobs, **case)[2])
+        except ResourceError as error:
+            refusal = error
+    if not rows and refusal is not None:
+        raise refusal
+    return max(rows, key=lambda row: float(row["tokens_per_s"] or 0))
 
 
 def predict(root: Path) -> int:
@@ -126,25 +183,26 @@ def predict(root: Path) -> int:
     rows: list[Row] = []
     for adapters in (4, 8):
         for lengths in LENGTHS:
-            jobs = jobs_of(lengths, 16, 0, jobs=adapters, batches=4)
-            for system in ("ours", "mlora", "megatron"):
-                label: Row = {"part": "4 GPUs", "lengths": lengths, "adapters": adapters, "gbs": 16}
-                _, _, row = predicted("70b", system, jobs, stages=4, data=1, remat="full")
-                rows.append(label | row)
-    for adapters, gbs, meshes in (
-        (16, 32, ((1, 4), (2, 4), (1, 8), (4, 2))),
-        (16, 64, ((1, 4), (4, 4))),
-        (16, 256, ((1, 4), (16, 4))),
-        (16, 1024, ((1, 4), (128, 4))),
+            for batches in (4, 16) if lengths == "het" else (16,):
+                jobs = jobs_of(lengths, 16, 0, jobs=adapters, batches=batches)
+                label: Row = {"part": "4 GPUs", "lengths": lengths, "adapters": adapters}
+                label |= {"gbs": 16, "batches": batches}
+                for system in ("ours", "mlora", "megatron"):
+                    rows.append(label | best("70b", system, jobs, stages=4, data=1))
+    for gbs, batches, meshes in (
+        (32, 8, ((1, 4), (2, 4), (1, 8))),
+        (64, 6, ((1, 4), (4, 4))),
+        (256, 4, ((1, 4), (16, 4))),
+        (1024, 2, ((1, 4), (128, 4))),
     ):
-        batches = {32: 4, 64: 3}.get(gbs, 2)
-        jobs = jobs_of("mix", gbs, 0, jobs=adapters, batches=batches)
+        jobs = jobs_of("mix", gbs, 0, jobs=16, batches=batches)
         base = None
         for data, stages in meshes:
-            _, _, row = predicted("70b", "ours", jobs, stages=stages, data=data, remat="full")
+            row = best("70b", "ours", jobs, stages=stages, data=data)
             speed, gpus = float(row["tokens_per_s"] or 0), data * stages
             base = base or speed / gpus
-            label = {"part": "efficiency", "lengths": "mix", "adapters": adapters, "gbs": gbs}
+            label = {"part": "efficiency", "lengths": "mix", "adapters": 16, "gbs": gbs}
+            label["batches"] = batches
             rows.append(label | row | {"efficiency": speed / gpus / base})
             print(f"{gpus} GPUs, gbs {gbs}: {speed:.0f} tokens/s, {speed / gpus / base:.3f}")
     for number, text in enumerate(ASSUMPTIONS):

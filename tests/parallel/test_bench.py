@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorafusion_jax.bench import scaling
+from lorafusion_jax.bench import report, scaling
 from lorafusion_jax.errors import ConfigError
 
 
@@ -28,6 +28,9 @@ def test_all_systems_run_in_one_engine(stages, data, tmp_path):
     ours, _, megatron = rows
     assert ours["slots"] < megatron["slots"], "other jobs fill what a flush leaves empty"
     assert len(list((tmp_path / "cpu" / "scaling").glob("gantt_*.html"))) == 6
+    page = report.section("scaling", tmp_path)
+    assert page.count("| tiny |") == 3 and "scaling_speed.png" in page
+    assert "scaling_gantt.png" in page
 
 
 def test_an_unknown_system_is_refused():
