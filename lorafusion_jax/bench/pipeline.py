@@ -9,10 +9,13 @@ Gantt page beside it.
 """
 
 import argparse
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +46,16 @@ from lorafusion_jax.parallel.convert import make_names
 from lorafusion_jax.parallel.layout import even_layout
 from lorafusion_jax.parallel.mesh import make_mesh
 from lorafusion_jax.parallel.pipeline import Order, Pipeline, ring_of
-from lorafusion_jax.parallel.residuals import backward_ratio, choose_policies, in_words
-from lorafusion_jax.parallel.stage import StageModel, policies_at
+from lorafusion_jax.parallel.processes import is_first, start_processes
+from lorafusion_jax.parallel.residuals import backward_ratio, in_words
+from lorafusion_jax.parallel.stage import Residuals, StageModel, policies_at
 from lorafusion_jax.parallel.state import StreamState, bank_shapes, mesh_sizes
 from lorafusion_jax.parallel.stream import Slot, pack_slot
 from lorafusion_jax.parallel.weights import Frozen, random_weights
 from lorafusion_jax.plots import plot_gantt
 from lorafusion_jax.train.batch import JobRows, longest_bucket, segment_bucket
-from lorafusion_jax.train.memory import Step, device_bytes
+from lorafusion_jax.train.memory import Step
+from lorafusion_jax.train.memory_mesh import Share, available_everywhere, choose_stage
 from lorafusion_jax.train.optimizer import OPTIMIZERS, Hyper
 from lorafusion_jax.train.step import loss_chunk
 from lorafusion_sched import (
@@ -140,34 +145,24 @@ def make_bench(
     ]
     names = make_names(layout, paths)
     width, chunk = jnp.dtype(dtype), loss_chunk(-(-config.vocab_size // stages), capacity)
-    policies = policies_of(remat, config, stages, order, adapters, capacity, chunk, width)
-    residuals = "recompute" if remat == "recompute" else "save"
+    step = Step(config, capacity, adapters, RANK, width.itemsize, chunk)
+    share = Share(stages, layout.places, ring_of(order, stages))
+    residuals, policies = kept_by_stage(remat, step, share)
     model = StageModel(config, width, layout.places, names.places, residuals, policies)
     pipeline = Pipeline(mesh, model, layout.first, order, chunk)
     frozen = random_weights(config, width, layout, mesh, 0)
     return Bench(pipeline, frozen, adapters, capacity, tile)
 
 
-def policies_of(
-    remat: str,
-    config: ModelConfig,
-    stages: int,
-    order: Order,
-    adapters: int,
-    capacity: int,
-    chunk: int,
-    dtype: jnp.dtype,
-) -> tuple[Remat, ...]:
-    """Returns the policies of a stage's layer places; "auto" are the richest that fit."""
-    places = -(-config.num_hidden_layers // stages)
-    available = device_bytes()
-    if remat == "recompute" or (remat == "auto" and available is None):
-        return ("none",) * places
-    if remat != "auto":
-        return policies_at(remat, places)  # pyright: ignore[reportArgumentType]
-    assert available is not None
-    step = Step(config, capacity, adapters, RANK, dtype.itemsize, chunk)
-    return choose_policies(step, stages, ring_of(order, stages), available)[0]
+def kept_by_stage(remat: str, step: Step, share: Share) -> tuple[Residuals, tuple[Remat, ...]]:
+    """Returns what a stage keeps; "auto" is the most that fits, all of it on CPUs."""
+    if remat == "recompute":
+        return "recompute", policies_at("none", share.places)
+    if remat == "auto":
+        if (available := available_everywhere()) is not None:
+            return choose_stage(step, share, available)[:2]
+        remat = "none"
+    return "save", policies_at(remat, share.places)  # pyright: ignore[reportArgumentType]
 
 
 class RandomSamples:
@@ -406,6 +401,9 @@ def parser(prog: str, stages: int, model: str) -> argparse.ArgumentParser:
     made.add_argument("--shrink", type=float, default=1.0, help="factor of all sample lengths")
     made.add_argument("--quick", action="store_true", help="a tiny model, seconds on CPUs")
     made.add_argument("--out", type=Path, default=RESULTS)
+    made.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes")
+    made.add_argument("--process", type=int, help="number of this one, from 0")
+    made.add_argument("--processes", type=int, help="how many there are")
     return made
 
 
@@ -422,6 +420,11 @@ def run(name: str, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--systems {unknown.pop()}: expected some of {', '.join(SYSTEMS)}")
     if unknown := set(arguments.lengths) - set(LENGTHS):
         raise ConfigError(f"--lengths {unknown.pop()}: expected some of {', '.join(LENGTHS)}")
+    start_processes(arguments.coordinator, arguments.process, arguments.processes)
+    if not is_first():  # it measures with process 0, which writes and prints
+        with TemporaryDirectory() as scratch, redirect_stdout(None):
+            deque(rows_of(arguments, Path(scratch)), maxlen=0)
+        return 0
     pages = arguments.out / device_name() / name
     pages.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from lorafusion_jax.parallel.pipeline import Pipeline, Window
+from lorafusion_jax.parallel.processes import one_at_a_time
 from lorafusion_jax.parallel.state import StreamState
 from lorafusion_jax.parallel.stream import Slot, empty_slot, window_of
 from lorafusion_jax.parallel.weights import Frozen
@@ -72,6 +73,7 @@ class Stream:
                     np.int32(count),
                     ticks=TICKS,
                 )
+                one_at_a_time((state, report))
                 under_way.put(report.loss)
                 while len(under_way.queue) > IN_FLIGHT:
                     time.sleep(1e-4)

@@ -13,8 +13,9 @@ from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
 from lorafusion_jax.errors import ResourceError
 from lorafusion_jax.models.decoder import Remat
 from lorafusion_jax.parallel.pipeline import ring_of
-from lorafusion_jax.parallel.residuals import BACKWARD, backward_ratio, choose_policies, in_words
+from lorafusion_jax.parallel.residuals import BACKWARD, backward_ratio, in_words
 from lorafusion_jax.train.memory import Step, kept_bytes
+from lorafusion_jax.train.memory_mesh import Share, choose_stage
 from lorafusion_sched import Cost, Job, Plan, Problem, distance_of, plan, simulate
 from lorafusion_sched.baselines import megatron, mlora
 from lorafusion_sched.simulate import Timeline
@@ -72,7 +73,8 @@ def policies_for(
 ) -> tuple[Remat, ...]:
     """Returns the policies that fit an H100."""
     step = Step(MODELS[model], rows, adapters, RANK, loss_chunk=2048)
-    return choose_policies(step, stages, ring_of(clock, stages), DEVICE_BYTES)[0]
+    places = -(-MODELS[model].num_hidden_layers // stages)
+    return choose_stage(step, Share(stages, places, ring_of(clock, stages)), DEVICE_BYTES).remat
 
 
 def tick_time(model: str, stages: int, rows: int, policies: Sequence[Remat]) -> TickTime:

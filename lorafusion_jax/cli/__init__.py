@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
@@ -20,7 +21,7 @@ from lorafusion_jax.cli import (
     training,
     verify,
 )
-from lorafusion_jax.errors import LoraFusionError, ResourceError
+from lorafusion_jax.errors import CheckpointError, LoraFusionError, ResourceError
 
 app = typer.Typer(
     name="lorafusion",
@@ -44,6 +45,8 @@ for _module in (
 ):
     _module.register(app)
 
+# What may hit one of several processes only: a checkpoint that cannot be written, memory or disk.
+_ALONE = (CheckpointError.exit_code, ResourceError.exit_code)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -57,6 +60,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 usage, configuration or data, 3 checkpoint unusable or folder in use,
         4 stopped by a non-finite gradient, 5 out of memory or disk, 6 watchdog, 130 interrupted.
     """
+    try:
+        code = _run(arguments)
+    except BaseException:
+        if _among_others():  # that would wait for this one in an exchange
+            traceback.print_exc()
+            _leave(1)
+        raise
+    if code in _ALONE and _among_others():
+        _leave(code)
+    return code
+
+
+def _among_others() -> bool:
+    """Whether this is one of several processes of a run."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _leave(code: int) -> None:
+    """Ends this process without waiting for the others, as a normal end does."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     # Without it, transformers prints that torch is missing, which is no news here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # By default jax takes three quarters, and a base model may need what is left over.

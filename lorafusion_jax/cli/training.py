@@ -25,6 +25,19 @@ ResumeOption = Annotated[
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every job.")]
 OutputOption = Annotated[Path | None, typer.Option(help="Output folder.")]
 PlainOption = Annotated[bool, typer.Option("--plain", help="Lines instead of a live table.")]
+CoordinatorOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="JAX_COORDINATOR_ADDRESS",
+        help="HOST:PORT of process 0, to train with several processes.",
+    ),
+]
+ProcessOption = Annotated[
+    int | None, typer.Option(envvar="JAX_PROCESS_ID", help="Number of this one, from 0.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option(envvar="JAX_NUM_PROCESSES", help="How many there are.")
+]
 SamplesOption = Annotated[int, typer.Option(min=0, help="Held-out rows to answer at the end.")]
 
 
@@ -43,9 +56,16 @@ def train(
     output: OutputOption = None,
     plain: PlainOption = False,
     samples: SamplesOption = 2,
+    coordinator: CoordinatorOption = None,
+    process: ProcessOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Train all jobs together; run again to resume."""
     run = read_config(config, overrides, jobs=jobs, max_steps=max_steps, output=output)
+    if (coordinator, process, processes) != (None, None, None):
+        from lorafusion_jax.parallel.processes import start_processes
+
+        start_processes(coordinator, process, processes)
     run_training(run, config, resume=resume, plain=plain, samples=samples)
 
 
@@ -82,7 +102,7 @@ def _grid_entry(text: str) -> str:
 def run_training(
     run: "RunConfig", source: Path, *, resume: str, plain: bool, samples: int
 ) -> "Results":
-    """Trains and shows what came of it.
+    """Trains and shows what came of it; of several processes, the first shows it.
 
     Args:
         run: the configuration.
@@ -94,11 +114,14 @@ def run_training(
     from lorafusion_jax.cli.progress import TrainProgress, bytes_text
     from lorafusion_jax.cli.session import device_line, start_jax
     from lorafusion_jax.cli.status import draw
+    from lorafusion_jax.parallel.processes import is_first
     from lorafusion_jax.report import write_report
     from lorafusion_jax.train.trainer import base_of_run, trainer_from_config
 
     start_jax()
     base = base_of_run(run)
+    if not is_first():
+        return trainer_from_config(run, base=base, source=source).fit(resume)
     print(f"base     {base.name}, {run.base.dtype} ({bytes_text(size_of(base.model))})")
     print(f"device   {device_line()}", flush=True)
     with TrainProgress(plain=plain) as progress:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, PyTree
 
 from lorafusion_jax.lora.bank import AdapterBank
 from lorafusion_jax.parallel.layout import Layout
+from lorafusion_jax.parallel.processes import gathered
 from lorafusion_jax.parallel.state import StreamState, Sums, mesh_sizes, state_specs
 from lorafusion_jax.parallel.stream import put_global
 from lorafusion_jax.train.step import TrainState
@@ -69,9 +70,9 @@ def to_one_device(state: StreamState, names: Names, mesh: Mesh) -> TrainState:
         a=adapters["a"],
         b=adapters["b"],
         targeted=_from_stages(names, bank.targeted),
-        scale=_host(bank.scale),
-        rate=_host(bank.rate),
-        rank=_host(bank.rank),
+        scale=gathered(bank.scale),
+        rate=gathered(bank.rate),
+        rank=gathered(bank.rank),
         ranks=_from_stages(names, bank.ranks, names.patterned),
         ratios=_from_stages(names, bank.ratios, names.patterned),
     )
@@ -81,13 +82,13 @@ def to_one_device(state: StreamState, names: Names, mesh: Mesh) -> TrainState:
         is_leaf=_is_adapters,
     )
     opt = state.opt._replace(moments=moments)
-    opt = jax.tree.map(_host, opt)
+    opt = jax.tree.map(gathered, opt)
     return TrainState(
         bank=whole,
         opt=opt,
         grads=_adapters_from_stages(names, state.sums.grads),
-        loss=_host(state.sums.loss)[: data * num_slots],
-        tokens=_host(state.sums.tokens)[: data * num_slots],
+        loss=gathered(state.sums.loss)[: data * num_slots],
+        tokens=gathered(state.sums.tokens)[: data * num_slots],
     )
 
 
@@ -148,18 +149,9 @@ def _is_adapters(tree: PyTree) -> bool:
     return isinstance(tree, dict) and tree.keys() == {"a", "b"}
 
 
-def _host(array: Array | np.ndarray) -> HostArray:
-    """A whole array in host memory, also where other processes hold parts of it."""
-    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    from jax.experimental.multihost_utils import process_allgather
-
-    return np.asarray(process_allgather(array, tiled=True))
-
-
 def _first(array: Array, parts: int) -> HostArray:
     """The first of equal parts along axis 0."""
-    return np.split(_host(array), parts)[0]
+    return np.split(gathered(array), parts)[0]
 
 
 def _on_all(parts: int, array: np.ndarray) -> HostArray:
@@ -186,7 +178,7 @@ def _from_stages(
     paths = names.paths if paths is None else paths
     found = {}
     for place, leaf in leaves.items():
-        for stage, array in enumerate(np.split(_host(leaf), names.layout.stages)):
+        for stage, array in enumerate(np.split(gathered(leaf), names.layout.stages)):
             path = names.layout.module_path(stage, place)
             if path in paths:
                 found[path] = np.ascontiguousarray(array)

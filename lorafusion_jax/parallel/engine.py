@@ -15,7 +15,7 @@ from lorafusion_jax.parallel.layout import even_layout
 from lorafusion_jax.parallel.loading import place_base
 from lorafusion_jax.parallel.mesh import Device, make_mesh
 from lorafusion_jax.parallel.pipeline import Order, Pipeline
-from lorafusion_jax.parallel.stage import StageModel, policies_at
+from lorafusion_jax.parallel.stage import Residuals, StageModel, policies_at
 from lorafusion_jax.parallel.state import StreamState, bank_shapes, mesh_sizes
 from lorafusion_jax.parallel.weights import Frozen
 from lorafusion_jax.train.batch import PackedBatch
@@ -72,6 +72,7 @@ def make_engine(
     data: int,
     stage: int,
     order: Order,
+    residuals: Residuals = "save",
     remat: Remat | Sequence[Remat],
     capacity: int,
     deterministic: bool = False,
@@ -84,6 +85,7 @@ def make_engine(
         data: copies of the pipeline.
         stage: stages of the pipeline.
         order: of the phases in a tick.
+        residuals: what waits for the backward.
         remat: what each layer computes again in the backward, or each layer place of a stage.
         capacity: rows of a microbatch.
         deterministic: take only what repeats its bits.
@@ -102,7 +104,7 @@ def make_engine(
         widths[place] = (linears[path].in_features, linears[path].out_features)
     policies = policies_at(remat, layout.places)
     model = StageModel(
-        config, base.dtype, layout.places, names.places, "save", policies, deterministic
+        config, base.dtype, layout.places, names.places, residuals, policies, deterministic
     )
     chunk = loss_chunk(-(-config.vocab_size // stage), capacity)
     pipeline = Pipeline(mesh, model, layout.first, order, chunk)

@@ -15,6 +15,7 @@ from lorafusion_jax.lora.bank import AdapterBank
 from lorafusion_jax.parallel import vocabulary
 from lorafusion_jax.parallel.mesh import DATA, STAGE
 from lorafusion_jax.parallel.pipeline import WINDOW_SPECS, DeviceProgram, Pipeline, Window
+from lorafusion_jax.parallel.processes import gathered
 from lorafusion_jax.parallel.stage import apply_final_norm
 from lorafusion_jax.parallel.state import bank_specs, mesh_sizes
 from lorafusion_jax.parallel.stream import put_global
@@ -61,7 +62,7 @@ class ForwardPipeline:
             none = np.zeros((self.slots, len(bank.rank)), np.int32)
             host = Window(*jax.tree.map(np.asarray, (rows, valid, none != 0, none)))
             window = put_global(host, WINDOW_SPECS, self.pipeline.mesh)
-            losses = jax.device_get(_program(self)(bank, frozen, window))
+            losses = jax.tree.map(gathered, _program(self)(bank, frozen, window))
             flat = jax.tree.map(lambda x: x.reshape(per_call, *x.shape[2:]), losses)
             found += [jax.tree.map(lambda x, i=i: x[i], flat) for i in range(len(part))]
         return found

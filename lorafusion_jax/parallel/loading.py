@@ -74,11 +74,8 @@ def place_base(base: Base, layout: Layout, mesh: Mesh) -> Frozen:
 
 def own_devices(mesh: Mesh) -> dict[int, list[Device]]:
     """Returns this process's devices of the mesh, by stage."""
-    own = [
-        [device for device in devices if device.process_index == jax.process_index()]
-        for devices in mesh.devices.T
-    ]
-    assert len(own) == mesh_sizes(mesh)[1]
+    me = jax.process_index()
+    own = [[device for device in ranks if device.process_index == me] for ranks in mesh.devices.T]
     return {stage: devices for stage, devices in enumerate(own) if devices}
 
 

@@ -37,7 +37,7 @@ def make_mesh(
     """Makes the mesh of `data` copies of a pipeline of `stage` devices.
 
     Neighbouring stages are neighbouring devices. With several processes, each must own devices of
-    the mesh: call `jax.distributed.initialize` before.
+    the mesh: call `processes.start_processes` before.
 
     Args:
         data: copies of the pipeline.
@@ -73,11 +73,15 @@ def check_mesh(data: int, stage: int, config: ModelConfig) -> None:
     Raises:
         ConfigError: says why, and the nearest that can work.
     """
-    make_mesh(data, stage, num_layers=config.num_hidden_layers)
-    if jax.process_count() > 1:
+    mesh = make_mesh(data, stage, num_layers=config.num_hidden_layers)
+    owners = {device.process_index for device in mesh.devices.flat}
+    if len(owners) < jax.process_count():
+        total = jax.device_count()
+        best_data, best_stage = nearest_mesh(total, stage, total, config.num_hidden_layers)
         raise ConfigError(
-            f"parallel: {jax.process_count()} processes, expected 1: `lorafusion train` uses the "
-            "devices of one process"
+            f"parallel: data={data}, stage={stage} leaves {jax.process_count() - len(owners)} of "
+            f"{jax.process_count()} processes without a device of the mesh. The nearest that can "
+            f"work is data={best_data}, stage={best_stage}; or start fewer processes"
         )
 
 

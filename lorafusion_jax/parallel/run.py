@@ -16,6 +16,7 @@ from lorafusion_jax.lora.bank import AdapterBank
 from lorafusion_jax.parallel.engine import MeshEngine, versions_at
 from lorafusion_jax.parallel.evaluate import ForwardPipeline
 from lorafusion_jax.parallel.feed import Feeder, single_ends
+from lorafusion_jax.parallel.processes import gathered, one_at_a_time
 from lorafusion_jax.parallel.state import StreamState
 from lorafusion_jax.parallel.stream import Slot, empty_slot, pack_slot, window_of
 from lorafusion_jax.train.batch import PackedBatch
@@ -226,6 +227,7 @@ class MeshRun(Run):
             np.int32(first_tick),
             ticks=TICKS,
         )
+        one_at_a_time((self._stream, report))
         self._mesh_programs.bank = self._stream.bank
         self._calls.append((first_tick, report))
         while len(self._calls) > CALLS_IN_FLIGHT:
@@ -243,7 +245,7 @@ class MeshRun(Run):
             self._collect()
         self._stop = self.cursor = self._fed
         assert self._stream is not None
-        stale = np.asarray(self._stream.flow.stale)
+        stale = gathered(self._stream.flow.stale)
         assert not stale.any(), f"forwards or backwards saw the wrong adapters: {stale.tolist()}"
         self.state = self._engine.fetch(self._stream)
 

@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lorafusion_jax.errors import CheckpointError, ResourceError
 from lorafusion_jax.train.manifest import checked_record, describe, make_record
+from lorafusion_jax.train.orbax_alone import reading_alone, save_leaves
 from lorafusion_jax.train.retention import to_remove
 
 FAULT_POINTS = ("begin", "written", "verified", "visible", "pruning")
@@ -173,7 +174,7 @@ class Checkpoints:
             if partial.exists():
                 shutil.rmtree(partial)
             record = make_record(leaves, progress, score)
-            ocp.save_checkpointables(str(partial), {"state": leaves}, custom_metadata=record)
+            save_leaves(partial, leaves, record)
             self._at("written")
             self._load(partial, step)
             self._at("verified")
@@ -250,11 +251,13 @@ class Checkpoints:
 
     def _load(self, path: Path, step: int) -> Restored:
         try:
-            record = checked_record(_read_record(path))
-            abstract = {
-                name: np.empty(shape, dtype) for name, (_, dtype, shape) in record["leaves"].items()
-            }
-            leaves = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
+            with reading_alone():
+                record = checked_record(_read_record(path))
+                abstract = {
+                    name: np.empty(shape, dtype)
+                    for name, (_, dtype, shape) in record["leaves"].items()
+                }
+                leaves = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except Exception as error:  # orbax and tensorstore raise many types for damaged files

@@ -7,6 +7,7 @@ import jax
 
 from lorafusion_jax.config import RunConfig
 from lorafusion_jax.errors import ResourceError
+from lorafusion_jax.parallel.processes import Votes
 from lorafusion_jax.train.events import Event, Listener
 from lorafusion_jax.train.loop import Run
 from lorafusion_jax.train.obey import Obedience
@@ -25,17 +26,18 @@ def drive(run: Run, signals: StopSignals, obey: Obedience) -> None:
         StoppedError: a signal came; all is saved.
         NonFiniteError: or `LossSpikeError`: a job's policy stops the run; all is saved.
     """
+    votes = Votes()
     run.compile_ahead()
-    run.evaluate_base(lambda: signals.received is not None)
+    run.evaluate_base(lambda: votes.cast(signals.received) is not None)
     while not run.finished:
-        if signals.received is not None:
+        if (signum := votes.cast(signals.received)) is not None:
             # Before the first microbatch there is nothing to lose, and base models that were
             # evaluated already are evaluated again, with their lines of the metrics.
             if run.begun:
                 run.finish_saving()
                 obey.forget()
                 run.raise_failure()
-            raise StoppedError(_how_to_go_on(run), signals.received)
+            raise StoppedError(_how_to_go_on(run), signum)
         obey()
         run.run_microbatch()
     run.finish_saving()

@@ -5,7 +5,7 @@ remat policy, and what exists only for a while: one layer's backward pass, or a 
 head. `tests/train/test_memory.py` holds it against XLA's own count of compiled programs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -99,8 +99,8 @@ def predict(step: Step, remat: Remat) -> Memory:
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     weights = step.itemsize * (config.num_hidden_layers * in_layer + embeddings)
     adapter = sum(k + n for k, n in linears) * step.r_max * step.slots * config.num_hidden_layers
-    kept, everything = _kept_per_row(step, remat), _kept_per_row(step, "none")
-    layer = everything - kept + _backward_per_row(step)
+    kept, everything = kept_per_row(step, remat), kept_per_row(step, "none")
+    layer = everything - kept + backward_per_row(step)
     head = step.loss_chunk * config.vocab_size * (8 + step.itemsize)
     head += 2 * rows * config.hidden_size * step.itemsize
     return Memory(
@@ -113,7 +113,7 @@ def predict(step: Step, remat: Remat) -> Memory:
 
 def kept_bytes(step: Step, remat: Remat) -> int:
     """Returns the bytes that one layer keeps from its forward to its backward pass."""
-    return int(step.capacity * _kept_per_row(step, remat))
+    return int(step.capacity * kept_per_row(step, remat))
 
 
 def choose_remat(step: Step, available: int) -> tuple[Remat, Memory]:
@@ -128,7 +128,7 @@ def choose_remat(step: Step, available: int) -> tuple[Remat, Memory]:
             that would fit.
     """
     budget = int(available * (1 - HEAD_ROOM))
-    plans: dict[Remat, Memory] = {remat: predict(step, remat) for remat in _POLICIES}
+    plans: dict[Remat, Memory] = {remat: predict(step, remat) for remat in POLICIES}
     for remat, memory in plans.items():
         if memory.total <= budget:
             return remat, memory
@@ -148,17 +148,24 @@ def choose_remat(step: Step, available: int) -> tuple[Remat, Memory]:
 def largest_capacity(step: Step, available: int, remat: Remat) -> int:
     """Returns the most rows of a microbatch that fit, a multiple of the tile; 0 if none do."""
     budget = available * (1 - HEAD_ROOM)
+    return largest_that(step, lambda sized: predict(sized, remat).total <= budget)
+
+
+def largest_that(step: Step, fits: Callable[[Step], bool]) -> int:
+    """Returns the most rows of a microbatch of which a step fits; see `largest_capacity`."""
     low, high = 0, 1 << 22
     while high - low > step.tile:  # memory only grows with the rows
         middle = (low + high) // 2 // step.tile * step.tile
         sized = step._replace(capacity=middle, loss_chunk=min(step.loss_chunk, middle))
-        low, high = (middle, high) if predict(sized, remat).total <= budget else (low, middle)
+        low, high = (middle, high) if fits(sized) else (low, middle)
     return low
 
 
 def device_bytes() -> int | None:
-    """Returns the bytes that the first device lets this process have; CPUs do not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    """Returns the bytes that each device lets this process have, at least; CPUs do not tell."""
+    found = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    known = [size for size in found if size is not None]
+    return min(known) if len(known) == len(found) else None
 
 
 def moments_of(optimizers: Iterable[str]) -> int:
@@ -166,10 +173,10 @@ def moments_of(optimizers: Iterable[str]) -> int:
     return sum(1 if name == "sgd" else 2 for name in set(optimizers))
 
 
-_POLICIES: tuple[Remat, ...] = ("none", "mlp", "attention", "full")
+POLICIES: tuple[Remat, ...] = ("none", "mlp", "attention", "full")
 
 
-def _kept_per_row(step: Step, remat: Remat) -> float:
+def kept_per_row(step: Step, remat: Remat) -> float:
     """Bytes that one layer keeps of a row from its forward to its backward pass."""
     config, size = step.config, step.itemsize
     d, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
@@ -203,7 +210,7 @@ def _segments_per_page(step: Step) -> int:
     return max(2, -(-step.segments // pages))
 
 
-def _backward_per_row(step: Step) -> float:
+def backward_per_row(step: Step) -> float:
     """Bytes per row of what one layer's backward pass makes for a while."""
     config, size = step.config, step.itemsize
     q = config.num_attention_heads * config.head_dim

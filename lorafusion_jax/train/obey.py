@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from pydantic import ValidationError
 
 from lorafusion_jax.config import JobConfig, RunConfig
@@ -50,6 +51,11 @@ class Obedience:
 
     def _obey(self, path: Path) -> None:
         request = control.read(path)
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"a run of {jax.process_count()} processes takes none: stop it, change its "
+                "configuration and start all of them again"
+            )
         if isinstance(request, control.Cancel):
             self._cancel(request.job)
         else:

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 from jaxtyping import PyTree
 
-from lorafusion_jax.config import BatchingConfig
+from lorafusion_jax.config import BatchingConfig, ParallelConfig
 from lorafusion_jax.lora.bank import (
     attach_adapters,
     multi_linears,
@@ -32,6 +32,12 @@ from lorafusion_jax.train.memory import (
     largest_capacity,
     moments_of,
 )
+from lorafusion_jax.train.memory_mesh import (
+    available_everywhere,
+    largest_capacity_on_mesh,
+    plan_stage,
+    share_of,
+)
 from lorafusion_jax.train.programs import Programs
 from lorafusion_jax.train.progress import JobProgress
 from lorafusion_jax.train.resume import Saved, restore_state, run_facts
@@ -41,6 +47,7 @@ from lorafusion_jax.train.step import Model, TrainState, init_state, loss_chunk
 from lorafusion_sched import Microbatch, padded, to_json
 
 GPU_TILE, CPU_TILE = 128, 16
+ONE_DEVICE = ParallelConfig()
 
 
 def tile_rows(batching: BatchingConfig) -> int:
@@ -110,17 +117,20 @@ def prepare_run(
     programs: Programs
     make_run: Callable[..., Run]
     if on_mesh:
-        remat = config.train.remat
-        if remat == "auto":  # memory is planned for one device only
-            remat = "full" if jax.default_backend() == "gpu" else "none"
-        planned = f"train.remat {remat}: on several devices memory is not planned"
+        order = order_of(schedule.plan, config.parallel.stage)
+        step = memory_step(
+            base, jobs, capacity, num_slots, tile, schedule.plan.microbatches, config.parallel
+        )
+        stage = plan_stage(step, share_of(base, config.parallel, order), config.train.remat)
+        remat, planned = stage.plan.remat[-1], stage.words
         engine = make_engine(
             base,
             bank,
             data=config.parallel.data,
             stage=config.parallel.stage,
-            order=order_of(schedule.plan, config.parallel.stage),
-            remat=remat,
+            order=order,
+            residuals=stage.plan.residuals,
+            remat=stage.plan.remat,
             capacity=capacity,
             deterministic=config.train.deterministic,
         )
@@ -167,8 +177,10 @@ def memory_step(
     num_slots: int,
     tile: int,
     microbatches: Sequence[Microbatch] = (),
+    parallel: ParallelConfig = ONE_DEVICE,
 ) -> Step:
     """Returns what the memory of the jobs' training step depends on."""
+    vocabulary = -(-base.config.vocab_size // parallel.stage)
     longest = longest_bucket(microbatches) if microbatches else None
     return Step(
         base.config,
@@ -176,7 +188,7 @@ def memory_step(
         num_slots,
         max(job.max_rank for job in jobs),
         itemsize=base.dtype.itemsize,
-        loss_chunk=loss_chunk(base.config.vocab_size, capacity),
+        loss_chunk=loss_chunk(vocabulary, capacity),
         segments=segment_bucket(microbatches, longest),
         longest=longest,
         moments=moments_of(job.config.optim.name for job in jobs),
@@ -186,16 +198,28 @@ def memory_step(
 
 
 def within_memory(
-    base: Base, jobs: Sequence[TrainJob], batching: BatchingConfig, num_slots: int, tile: int
+    base: Base,
+    jobs: Sequence[TrainJob],
+    batching: BatchingConfig,
+    num_slots: int,
+    tile: int,
+    parallel: ParallelConfig = ONE_DEVICE,
 ) -> BatchingConfig:
-    """Lowers the largest size that `capacities: auto` may choose to what the device has room for.
+    """Lowers the largest size that `capacities: auto` may choose to what each device has room for.
 
     Sizes that were given stay as they are: if they do not fit, the run is refused and says so.
     """
-    available, limit = device_bytes(), batching.tokens_per_microbatch
-    if batching.capacities != "auto" or available is None:
+    limit = batching.tokens_per_microbatch
+    if batching.capacities != "auto":
         return batching
-    most = largest_capacity(memory_step(base, jobs, limit, num_slots, tile), available, "full")
+    available = available_everywhere() if parallel.devices > 1 else device_bytes()
+    if available is None:
+        return batching
+    step = memory_step(base, jobs, limit, num_slots, tile, parallel=parallel)
+    if parallel.devices > 1:  # of both orders, this one has the longer rings
+        most = largest_capacity_on_mesh(step, share_of(base, parallel, "fbh"), available)
+    else:
+        most = largest_capacity(step, available, "full")
     longest = max((s.length for job in jobs for b in job.plan.batches for s in b), default=1)
     fitting = max(min(limit, most), padded(longest, tile))
     return batching.model_copy(update={"tokens_per_microbatch": min(limit, fitting)})

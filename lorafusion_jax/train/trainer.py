@@ -5,6 +5,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+import jax
 from pydantic import ValidationError
 
 from lorafusion_jax.config import (
@@ -27,6 +28,7 @@ from lorafusion_jax.models.hf_weights import Base, load_base, open_base
 from lorafusion_jax.parallel.feed import for_one_device
 from lorafusion_jax.parallel.mesh import check_mesh
 from lorafusion_jax.parallel.order import best_schedule
+from lorafusion_jax.parallel.processes import all_or_none, is_first, largest
 from lorafusion_jax.train.background import BackgroundSaver
 from lorafusion_jax.train.capacity import capacities_of, cost_of_run
 from lorafusion_jax.train.drive import drive, explained_memory, fan_out, peak_bytes
@@ -34,7 +36,6 @@ from lorafusion_jax.train.events import Listener, RunEnded
 from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.jobs import Data, TrainJob, resolve_job
 from lorafusion_jax.train.live_status import LiveStatus
-from lorafusion_jax.train.lock import run_lock
 from lorafusion_jax.train.metrics import RunWriter, write_summary
 from lorafusion_jax.train.obey import Obedience
 from lorafusion_jax.train.prepare import prepare_run, tile_rows, within_memory
@@ -44,6 +45,12 @@ from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.schedule import Schedule, make_schedule, schedule_of
 from lorafusion_jax.train.signals import StopSignals
 from lorafusion_jax.train.sinks import Sinks, check_sinks
+from lorafusion_jax.train.together import (
+    check_same_everywhere,
+    find_saved_together,
+    locked_folder,
+    reports_of,
+)
 from lorafusion_jax.train.watchdog import Watchdog
 from lorafusion_sched import to_json
 
@@ -174,22 +181,32 @@ class MultiTrainer:
             StoppedError: a signal stopped training, after a clean save.
         """
         goodput, config = Goodput(), self.config
-        check_sinks(config.report.to)
+        own = self._listener if is_first() else None
+        reports = reports_of(config)
         # Whatever is wrong with the data or the targets ends the run here, with nothing written.
-        jobs = [self._resolve(job, data) for job, data in self._jobs]
-        folder = RunFolder(self._output)
-        with run_lock(folder.path), StopSignals() as signals, explained_memory(config) as planned:
-            saved = find_saved(folder, config, self._base, jobs, resume, self._resolve, self._at)
-            schedule = self._schedule(saved)
-            folder.write_start(saved.config, to_json(schedule.plan), self._source)
+        with all_or_none():
+            check_sinks(reports.report.to)
+            jobs = [self._resolve(job, data) for job, data in self._jobs]
+        with (
+            locked_folder(self._output) as folder,
+            StopSignals() as signals,
+            explained_memory(config) as planned,
+        ):
+            find = partial(self._find_saved, folder, jobs)
+            saved = find_saved_together(self._output, resume, find)
+            with all_or_none():
+                schedule = self._schedule(saved)
+            plan_json = to_json(schedule.plan)
+            check_same_everywhere(self._base, saved, plan_json)
+            folder.write_start(saved.config, plan_json, self._source)
             with (
                 Watchdog(config.train.watchdog, folder.path / "stacks.txt") as watchdog,
                 RunWriter(folder, config.report.every, saved.cursor) as writer,
                 BackgroundSaver(saved.checkpoints) as saver,
-                Sinks(config, folder, saved.steps, fan_out(writer, self._listener)) as sinks,
+                Sinks(reports, folder, saved.steps, fan_out(writer, own)) as sinks,
             ):
                 live = LiveStatus(folder)
-                listener = fan_out(watchdog.alive, writer, live, sinks, self._listener)
+                listener = fan_out(watchdog.alive, writer, live, sinks, own)
                 run = prepare_run(self._base, folder, schedule, saved, saver, listener, goodput)
                 planned.append(run.planned_memory)
                 run.redo_until = writer.lost
@@ -198,7 +215,11 @@ class MultiTrainer:
                 parts = goodput.seconds()
                 listener(RunEnded(sum(parts.values()), run.tokens, peak_bytes(), parts))
             write_summary(folder, run.jobs, run.progress)
-        return collect_results(folder, run.progress)
+        largest(0)  # what process 0 has written is there for all
+        return collect_results(RunFolder(self._output), run.progress)
+
+    def _find_saved(self, folder: RunFolder, jobs: list[TrainJob], resume: str) -> Saved:
+        return find_saved(folder, self.config, self._base, jobs, resume, self._resolve, self._at)
 
     def _resolve(self, job: JobConfig, data: Data | None = None) -> TrainJob:
         """Reads a job's data, from where its configuration says if they are not given."""
@@ -217,9 +238,9 @@ class MultiTrainer:
         tile = tile_rows(batching) if plan is None else plan.tile
         cost = cost_of_run(self._output, self._base.config)
         slots = self._slots or max(len(plans), 1)
-        batching = within_memory(self._base, saved.jobs, batching, slots, tile)
+        batching = within_memory(self._base, saved.jobs, batching, slots, tile, parallel)
         capacities = capacities_of(plans, batching, tile, cost)
-        if parallel.devices > 1:
+        if parallel.devices > 1 or jax.process_count() > 1:
             check_mesh(parallel.data, parallel.stage, self._base.config)
             if plan is None:  # the stages exchange rows of one static number
                 capacities = capacities[-1:]
