@@ -20,11 +20,12 @@ from lorafusion_jax.config import (
     SaveConfig,
     TrainConfig,
 )
+from lorafusion_jax.data.dataset import Dataset, join_samples
 from lorafusion_jax.errors import LoraFusionError
 from lorafusion_jax.models.config import ModelConfig
 from lorafusion_jax.models.hf_weights import Base, random_base
 from lorafusion_jax.train.events import Event, Listener, MicrobatchDone
-from tests.train.tiny import dataset
+from tests.train.tiny import VOCAB, dataset
 
 WIDE = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,10 +51,27 @@ def wide_base() -> Base:
     return random_base(ModelConfig.from_hf(WIDE), 0, "bfloat16")
 
 
+def shifted(data: Dataset) -> Dataset:
+    """The same samples with other tokens."""
+    samples = [(tokens, mask) for tokens, mask, *_ in (data[i] for i in range(len(data)))]
+    return join_samples(
+        [
+            (line + 1, [(int(t) + 1) % VOCAB for t in tokens], [bool(m) for m in mask])
+            for line, (tokens, mask) in enumerate(samples)
+        ]
+    )
+
+
 def trainer(
-    base: Base, output: Path, *, listener: Listener | None = None, seed: int = 0, steps: int = STEPS
+    base: Base,
+    output: Path,
+    *,
+    listener: Listener | None = None,
+    seed: int = 0,
+    steps: int = STEPS,
+    other: str = "",
 ) -> lf.MultiTrainer:
-    """Four jobs with dropout, so many steps each."""
+    """Four jobs with dropout, so many steps each; job `other` has other tokens than usual."""
     made = lf.MultiTrainer(
         base,
         output=output,
@@ -63,9 +81,10 @@ def trainer(
         listener=listener,
     )
     for number, (name, r) in enumerate(RANKS.items()):
+        data = dataset(number, 48, 30, 120)
         made.add_job(
             name,
-            dataset(number, 48, 30, 120),
+            shifted(data) if name == other else data,
             lora=lf.LoraConfig(r=r, dropout=0.1),
             optim=lf.AdamW(lr=1e-3),
             train=TrainConfig(max_steps=steps, global_batch_size=6),

@@ -72,8 +72,19 @@ class Recorder:
         config.hook.pytest_deselected(items=[i for i in items if not self._shows[i.nodeid]])
         items[:] = [item for item in items if self._shows[item.nodeid]]
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Notes what will run."""
+        self._left = {item.nodeid for item in session.items}
+
+    @property
+    def unfinished(self) -> set[str]:
+        """Scenarios of which a test has not ended."""
+        return {name for test in self._left for name in self._shows[test]}
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Notes an outcome; set-up and tear-down count only where they fail or skip."""
+        if report.when == "teardown":
+            self._left.discard(report.nodeid)
         if report.when != "call" and report.outcome == "passed":
             return
         test = report.nodeid.partition("[")[0]
@@ -83,7 +94,7 @@ class Recorder:
             self.outcomes[scenario][test] = worst
 
     def rows(self) -> list[Row]:
-        """Returns one row per scenario that had a test."""
+        """Returns one row per scenario that had a test, all of which have ended."""
         today, commit = datetime.date.today().isoformat(), _commit()
         return [
             {
@@ -95,6 +106,7 @@ class Recorder:
                 "without_slow": self.quick and name in self._cut,
             }
             for name, tests in self.outcomes.items()
+            if name not in self.unfinished
         ]
 
 
@@ -111,22 +123,26 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def run(wanted: Iterable[str], *, quick: bool, gpu: bool) -> list[Row]:
-    """Runs the tests of these scenarios and returns their rows.
+def run(wanted: Iterable[str], *, quick: bool, gpu: bool) -> tuple[list[Row], set[str]]:
+    """Runs the tests of these scenarios.
+
+    Returns:
+        Their rows, and the scenarios that an interruption (Ctrl-C) left without one.
 
     Raises:
-        SystemExit: pytest did not get to the end.
+        SystemExit: pytest could not run them.
     """
     choice = "scenario and gpu" if gpu else "scenario and not gpu and not torch"
     recorder = Recorder(frozenset(wanted), quick)
     expression = choice + (" and not slow" if quick else "")
     files = [str(path) for path in files_showing(recorder.wanted)]
     if not files:
-        return []
+        return [], set()
     code = pytest.main(["-q", "-m", expression, "--no-header", *files], plugins=[recorder])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
+    if code not in ended:
         raise SystemExit(f"pytest stopped with {code!r}: nothing was written")
-    return recorder.rows()
+    return recorder.rows(), recorder.unfinished
 
 
 def files_showing(wanted: frozenset[str], root: Path = Path("tests")) -> list[Path]:
@@ -278,7 +294,8 @@ def main() -> int:
     if options.show:
         _show(read_board())
         return 0
-    rows = run(wanted, quick=options.quick, gpu=options.gpu)
+    rows, unfinished = run(wanted, quick=options.quick, gpu=options.gpu)
+    wanted = [name for name in wanted if name not in unfinished]
     board = read_board()
     device = _device() if options.gpu else "cpu"
     path = RESULTS / device / "reliability.json"

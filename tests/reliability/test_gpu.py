@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.lora import linear
-from lorafusion_jax.train import programs
+from lorafusion_jax.train import events, programs
+from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.signals import StoppedError
 from pallas_kernels import tables
 from pallas_kernels.lora import mosaic_gpu
 from tests.kernels.oracle import make_problem, run
-from tests.reliability.gpu_run import trainer, wide_base
+from tests.reliability.gpu_run import RANKS, trainer, wide_base
+from tests.tolerance import assert_bit_equal
 from tests.train.conftest import _compile_once
 from tests.train.test_trainer import final_state, metrics, stop_after
+from tests.train.tiny import frozen_leaves
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -102,6 +105,47 @@ def test_another_seed_would_be_seen(base, whole, tmp_path):
     """The twin."""
     trainer(base, tmp_path / "run", seed=1).fit()
     assert final_state(tmp_path / "run") != final_state(whole)
+
+
+def exported(output: Path, name: str) -> bytes:
+    """The bytes of a job's last adapter."""
+    return (output / "jobs" / name / "adapter_last" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.scenario("C2", "C9", "G2")
+def test_a_neighbours_tokens_the_base_and_the_devices_memory(base, whole, tmp_path):
+    """One more run, in which a job has other tokens: that job alone gets another adapter.
+
+    The base model keeps its bits, and the device's memory and arrays stay as many as they were.
+    """
+    before, used = frozen_leaves(base), []
+
+    def look(event):
+        if isinstance(event, events.MicrobatchDone):
+            stats = jax.local_devices()[0].memory_stats() or {}
+            used.append((stats.get("bytes_in_use", 0), len(jax.live_arrays())))
+
+    trainer(base, tmp_path / "run", other="b", listener=look).fit()
+    same = {name: exported(tmp_path / "run", name) == exported(whole, name) for name in RANKS}
+    assert same == {"a": True, "b": False, "c": True, "d": True}
+    assert_bit_equal(frozen_leaves(base), before)
+    half = len(used) // 2
+    for early, late in zip(
+        *(map(max, zip(*part, strict=True)) for part in (used[:half], used[half:])), strict=True
+    ):
+        assert late <= 1.02 * early + 8, used
+
+
+@pytest.mark.scenario("C7")
+def test_ranks_beyond_a_jobs_own_stay_zero(whole):
+    restored = Checkpoints(whole / "checkpoints").restore()
+    assert restored is not None
+    stacks = {k: v for k, v in restored.leaves.items() if v.ndim == 3 and v.shape[1] == 64}
+    assert len(stacks) > 50
+    for name, slot in restored.progress["slots"].items():
+        rank = RANKS[name]
+        assert all((leaf[slot, rank:] == 0).all() for leaf in stacks.values()), name
+        assert all((v[slot, :rank] != 0).any() for k, v in stacks.items() if k.startswith("bank/"))
 
 
 REPETITIONS = 200

@@ -62,6 +62,18 @@ def test_a_test_decides_all_its_scenarios_and_a_skip_shows_nothing(tmp_path):
     assert recorder.outcomes["A3"].keys() == {"test_cases.py::test_one"}
 
 
+def test_a_run_that_is_cut_short_keeps_what_has_ended(tmp_path):
+    (tmp_path / "test_short.py").write_text(
+        CASES.replace("assert False", "raise KeyboardInterrupt")
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = scenario: x\n")
+    recorder = Recorder(frozenset({"A3", "B2", "C4"}))
+    code = pytest.main(["-q", "-p", "no:cacheprovider", str(tmp_path)], plugins=[recorder])
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert [row["id"] for row in recorder.rows()] == ["A3"]  # B2 has its first test only
+    assert recorder.unfinished == {"B2", "C4"}
+
+
 def test_an_unknown_scenario_is_refused(tmp_path):
     (tmp_path / "test_others.py").write_text(CASES.replace("C4", "Z9"))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = scenario: x\n")
