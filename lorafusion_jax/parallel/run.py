@@ -69,6 +69,7 @@ class MeshRun(Run):
         self._engine, self._mesh_programs = engine, programs
         self._stream: StreamState | None = None
         self._stop = 0
+        self._dispatching: int | None = None
         super().__init__(programs=programs, **fields)
 
     def __post_init__(self):
@@ -122,6 +123,28 @@ class MeshRun(Run):
         """Lets jobs join after what is under way; see `Run.join`."""
         self._drain()
         super().join(jobs, repack=repack)
+
+    def waiting_for(self) -> str:
+        """See `Run.waiting_for`; names the ticks under way and the stages that have not ended them.
+
+        A stage that is stuck in a forward or backward keeps the others waiting in an exchange. On a
+        GPU a call is under way while it is dispatched, too.
+        """
+        calls = list(self._calls)
+        if not calls:
+            first = self._dispatching
+            if first is None:
+                return super().waiting_for()
+            return f"{_ticks(first)} of the pipeline, which are being dispatched"
+        first, report = calls[0]
+        slow = {s.device for s in report.loss.addressable_shards if not s.data.is_ready()}
+        pipelines = self._engine.pipeline.mesh.devices
+        waiting = sorted({s for rank in pipelines for s, d in enumerate(rank) if d in slow})
+        return (
+            f"{_ticks(first)} of the pipeline, not ended by stages {waiting} of "
+            f"{self._engine.pipeline.stages}; {len(calls)} calls are under way, up to microbatch "
+            f"{self._fed} of {len(self._microbatches)}"
+        )
 
     def save(self) -> None:
         """Saves a verified checkpoint of everything, unless this one exists."""
@@ -219,6 +242,7 @@ class MeshRun(Run):
         # The embedding is fetched one tick ahead: the last slot enters with the next call's first.
         first_tick = self._feeder.slot - TICKS - 1
         window = window_of(list(self._window), self._engine.pipeline.mesh)
+        self._dispatching = first_tick
         self._stream, report = self._engine.pipeline.run(
             self._stream,
             self._hyper,
@@ -228,6 +252,7 @@ class MeshRun(Run):
             ticks=TICKS,
         )
         one_at_a_time((self._stream, report))
+        self._dispatching = None
         self._mesh_programs.bank = self._stream.bank
         self._calls.append((first_tick, report))
         while len(self._calls) > CALLS_IN_FLIGHT:
@@ -286,3 +311,7 @@ class MeshRun(Run):
             if first[name] < self._stop and last[name] >= self.cursor
         }
         self._hyper = hyper_parameters(self.jobs, slots, self._num_slots)
+
+
+def _ticks(first: int) -> str:
+    return f"ticks {first} to {first + TICKS - 1}"

@@ -260,6 +260,10 @@ class Run:
         added = [self._by_name[name].plan for name in change.added]
         self._replanner.start(self.schedule, change, added)
 
+    def waiting_for(self) -> str:
+        """Says what the run is doing, for whom it must not wait; called from another thread."""
+        return f"microbatch {self.cursor} of {len(self.schedule.plan.microbatches)}"
+
     def close(self) -> None:
         """Ends the threads of the planner and of the feed."""
         self._replanner.close()

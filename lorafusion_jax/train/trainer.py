@@ -208,6 +208,7 @@ class MultiTrainer:
                 live = LiveStatus(folder)
                 listener = fan_out(watchdog.alive, writer, live, sinks, own)
                 run = prepare_run(self._base, folder, schedule, saved, saver, listener, goodput)
+                watchdog.waiting_for = run.waiting_for
                 planned.append(run.planned_memory)
                 run.redo_until = writer.lost
                 with closing(run):

@@ -25,6 +25,9 @@ class Watchdog:
         limit: seconds between two beats; None never ends anything.
         stacks: file for the stacks; they go to standard error too.
         end: called with the exit code, in place of leaving the process.
+
+    Attributes:
+        waiting_for: returns in words what the run waits for; must not wait itself.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Watchdog:
         stacks: Path,
         end: Callable[[int], None] = os._exit,
     ):
+        self.waiting_for: Callable[[], str] = lambda: ""
         self._limit, self._stacks, self._end = limit, stacks, end
         self._last, self._over = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -73,9 +77,9 @@ class Watchdog:
         """Nothing here may keep the process alive, a full disk or a closed terminal neither."""
         try:
             message = (
-                f"error: nothing happened for {silent:.0f} s (train.watchdog: {self._limit:g}); "
-                f"the stack of every thread is in {self._stacks}. The last checkpoint is intact: "
-                "the same command goes on from it\n"
+                f"error: nothing happened for {silent:.0f} s (train.watchdog: {self._limit:g})"
+                f"{self._where()}; the stack of every thread is in {self._stacks}. The last "
+                "checkpoint is intact: the same command goes on from it\n"
             )
             with open(self._stacks, "w", encoding="utf-8") as file:
                 file.write(message)
@@ -87,3 +91,10 @@ class Watchdog:
             pass
         finally:
             self._end(WatchdogError.exit_code)
+
+    def _where(self) -> str:
+        try:
+            text = self.waiting_for()
+        except Exception as error:  # it reads what other threads change
+            text = f"what it waits for could not be said: {error!r}"
+        return text and f": {text}"
