@@ -172,12 +172,15 @@ def test_takes_cudnn_where_it_can_and_says_why_not(on_hopper, monkeypatch):
     q, k, where = shapes()
     assert choose(q, k, where, plain) == "cudnn"
     assert choose(q, k, where, Scoring(1.0, window=512)) == "cudnn"
+    repeatable = where._replace(demands=Demands(deterministic=True))
+    assert choose(q, k, repeatable, plain) == "cudnn"
+    monkeypatch.setattr(attention_cudnn, "REPEATS_ITS_BITS", False)
     refused = {
         "soft cap": (*shapes(), Scoring(1.0, softcap=50.0)),
         "float32": (*shapes(dtype=jnp.float32), plain),
         "heads of 20": (*shapes(width=20), plain),
         "256 segments": (*shapes(segments=256), plain),
-        "repeat its bits": (q, k, where._replace(demands=Demands(deterministic=True)), plain),
+        "repeat its bits": (q, k, repeatable, plain),
     }
     for reason, arguments in refused.items():
         assert reason in (attention_cudnn.refusal(*arguments) or "")

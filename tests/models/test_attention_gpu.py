@@ -90,7 +90,7 @@ def test_xla_repeats_its_bits():
 
 
 def test_the_note_on_cudnn_is_true():
-    """`REPEATS_ITS_BITS` may be set to True when this says so, and then deterministic runs use it.
+    """While `REPEATS_ITS_BITS` is True, deterministic runs use cuDNN.
 
     The control is the same call without the flag: it has been seen to differ.
     """
