@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from lorafusion_jax.train.checkpoint import Checkpoints, leaves_of, unflatten_like
 from tests.parallel.conftest import MIX, STEPS, sum_of_ranks
 from tests.parallel.mix import (
     CONFIG,
@@ -214,3 +215,39 @@ def test_grid(data, stage, start_of, reference_of, truth_of):
 def test_remat_policies(order, residuals, remat, on_mesh, start, reference, truth):
     on = on_mesh(1, 2, order=order, residuals=residuals, remat=remat)
     check_against_one_device(on, start, reference, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.scenario("A12")
+def test_one_stage_four_stages_two_stages(on_mesh, start, reference, truth, tmp_path):
+    """Through checkpoint files, in the middle of global batches: 1 -> 4 -> 2 stages, bit by bit."""
+    whole = reference.plan
+    third = len(whole.microbatches) // 3
+    first, second = (unfinished_near(whole, i) for i in (third, 2 * third))
+    parts = [
+        replace(whole, microbatches=whole.microbatches[i:j])
+        for i, j in ((0, first), (first, second), (second, None))
+    ]
+    store = Checkpoints(tmp_path)
+    store.prepare()
+    saved, versions = start, np.zeros(len(MIX.jobs), np.int32)
+    for number, (part, stage) in enumerate(zip(parts, (1, 4, 2), strict=True)):
+        on = on_mesh(1, stage)
+        put = on.start(saved, versions)
+        assert_bit_equal(leaves_of(on.finish(put)), leaves_of(saved))
+        state, report, stale = on.run(put, on.slots(part))
+        assert stale.tolist() == [0, 0]
+        versions = versions + report.applied.sum(axis=0)
+        done = on.finish(state)
+        open_sums = any(np.any(x) for x in jax.tree.leaves(done.grads))
+        assert open_sums or part is parts[-1]
+        store.write(number, leaves_of(done), {})
+        saved = unflatten_like(done, store.load(number).leaves)
+        assert_bit_equal(leaves_of(saved), leaves_of(done))
+    assert saved.opt.count.tolist() == [STEPS] * len(MIX.jobs)
+    assert_error_ratio(*(vectors(adapters(s)) for s in (saved, reference.state, truth.state)))
+    # The twin: a state of which a stage's part was lost does not pass.
+    lost = jax.tree.map(np.array, saved)
+    next(iter(lost.bank.a.values()))[:] = 0
+    with pytest.raises(AssertionError, match="not bit-equal"):
+        assert_bit_equal(leaves_of(lost), leaves_of(saved))

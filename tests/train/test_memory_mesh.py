@@ -150,7 +150,7 @@ def test_a_stage_of_70b_keeps_what_fits_layer_by_layer():
 
 def test_more_memory_never_computes_more_again():
     found = []
-    for gib in range(40, 1000, 48):
+    for gib in (30, 50, 52, 54, 58, 62, 66, 70, 80, 100, 200, 400, 900):
         try:
             plan = choose_stage(LARGE, OF_FOUR, gib * 2**30)
         except ResourceError:
