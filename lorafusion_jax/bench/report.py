@@ -38,7 +38,7 @@ class Table(NamedTuple):
         value: what stands in those columns.
         where: only rows with these values are printed.
         derive: adds to the rows what is computed from several of them.
-        having: a further table of the rows that have this key, of the columns that any of them has.
+        having: a further table of the rows that have this key, with a line above it.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Table(NamedTuple):
     value: Column | None = None
     where: Row = {}  # noqa: RUF012  (never changed)
     derive: Callable[[Sequence[Row]], list[Row]] | None = None
-    having: tuple[str, tuple[Column, ...]] | None = None
+    having: tuple[str, str, tuple[Column, ...]] | None = None
 
 
 _MESH_COLUMNS = (
@@ -134,6 +134,7 @@ TABLES = {
         derive=with_ratios,
         having=(
             "overhead",
+            "What of a microbatch of (e) is no work, in milliseconds and together:",
             (
                 Column("lengths", "lengths"),
                 Column("layers", "layers"),
@@ -191,6 +192,11 @@ def _plain(columns: tuple[Column, ...], rows: list[Row]) -> str:
     return markdown_table([column.heading for column in columns], cells)
 
 
+def _there(columns: tuple[Column, ...], rows: list[Row]) -> tuple[Column, ...]:
+    """The columns that any row has."""
+    return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
+
+
 def render(table: Table, rows: list[Row]) -> str:
     """Returns the rows of one results file as a GitHub table.
 
@@ -200,12 +206,11 @@ def render(table: Table, rows: list[Row]) -> str:
     headings = [column.heading for column in table.columns]
     if table.pivot is None or table.value is None:
         rows = rows if table.derive is None else table.derive(rows)
-        parts = [_plain(table.columns, rows)]
+        parts = [_plain(_there(table.columns, rows) if table.derive else table.columns, rows)]
         if table.having is not None:
-            key, columns = table.having
+            key, line, columns = table.having
             some = [row for row in rows if row.get(key) is not None]
-            there = [c for c in columns if any(row.get(c.key) is not None for row in some)]
-            parts += [_plain(tuple(there), some)] if some else []
+            parts += [line, _plain(_there(columns, some), some)] if some else []
         return "\n\n".join(parts)
     names = list(dict.fromkeys(str(row[table.pivot]) for row in rows))
     groups: dict[tuple, dict[str, list[float]]] = {}

@@ -79,6 +79,10 @@ def test_training_rows_are_compared_within_their_own_case(tmp_path):
     assert "| xsum | 8 | e_ours | 250 | 2.50 | 1.25 | 50.0% |" in text
     assert "| xsum | 8 | 50.0 |" in text and "| 3.0% | 80.0 |" in text
     assert "from the cache" not in text  # was not measured
+    assert "no work, in milliseconds" in text
+    write_results("training", rows[2:3], command="c", device="d", root=tmp_path)
+    text = report.update(text, tmp_path)
+    assert "over (a)" not in text and "| xsum | 8 | e_ours | 250 | 50.0% |" in text
 
 
 def test_training_figures_are_drawn_with_the_tables(tmp_path, monkeypatch):
