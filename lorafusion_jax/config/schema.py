@@ -459,13 +459,3 @@ class RunConfig(Section):
     train: RunTrainConfig = RunTrainConfig()
     report: ReportConfig = ReportConfig()
     jobs: Annotated[tuple[JobConfig, ...], Field(strict=False, min_length=1)]
-
-    @model_validator(mode="after")
-    def _spikes_need_one_device(self) -> Self:
-        for job in self.jobs:
-            if self.parallel.devices > 1 and job.train.spike is not None:
-                raise ValueError(
-                    f"job {job.name}: train.spike is not supported on several devices: remove it, "
-                    "or set parallel to one device"
-                )
-        return self

@@ -60,7 +60,7 @@ class ForwardPipeline:
             )
             valid = (np.arange(per_call) < len(part)).reshape(self.slots, ranks)
             none = np.zeros((self.slots, len(bank.rank)), np.int32)
-            host = Window(*jax.tree.map(np.asarray, (rows, valid, none != 0, none)))
+            host = Window(*jax.tree.map(np.asarray, (rows, valid, none != 0, none, none * 0.0)))
             window = put_global(host, WINDOW_SPECS, self.pipeline.mesh)
             losses = jax.tree.map(gathered, _program(self)(bank, frozen, window))
             flat = jax.tree.map(lambda x: x.reshape(per_call, *x.shape[2:]), losses)

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lorafusion_jax.lora.bank import AdapterBank, mask_gradients
 from lorafusion_jax.models.decoder import scaled_embedding
@@ -72,19 +72,21 @@ class Window(NamedTuple):
         valid: the rank has work in this slot.
         ends: global batches that end with this slot, on whatever rank.
         expected: version of the adapter that this slot's forward must use, -1 where it is absent.
+        limit: loss above which a global batch that ends with this slot is rejected.
     """
 
     batch: PackedBatch
     valid: Bool[Array, "W data"]
     ends: Bool[Array, "W slots"]
     expected: Int[Array, "W slots"]
+    limit: Float[Array, "W slots"]
 
 
 # A tree of specs has the structure of the arrays that it places, in whose words it is annotated.
 _BY_RANK: Any = PER_RANK
 _EVERYWHERE: Any = REPLICATED
 WINDOW_SPECS = Window(
-    PackedBatch(*[_BY_RANK] * len(PackedBatch._fields)), _BY_RANK, _EVERYWHERE, _EVERYWHERE
+    PackedBatch(*[_BY_RANK] * len(PackedBatch._fields)), _BY_RANK, *[_EVERYWHERE] * 3
 )
 
 
@@ -200,6 +202,7 @@ class Row(NamedTuple):
     valid: Bool[Array, ""]
     ends: Bool[Array, " slots"]
     expected: Int[Array, " slots"]
+    limit: Float[Array, " slots"]
 
 
 @dataclass
@@ -376,29 +379,31 @@ class DeviceProgram:
 
     def update(self, state: StreamState, t) -> tuple[StreamState, StepReport]:
         """Updates the slots whose global batch ended with slot t - lag, on all stages at once."""
-        ended = self.row(t - self.pipeline.lag).ends
+        last = self.row(t - self.pipeline.lag)
+        ended = last.ends
         nothing = jnp.zeros(ended.shape, jnp.float32)
         report = StepReport(ended & False, nothing, state.version * 0, nothing, nothing)
 
         # A loop of no or one turn: a conditional would copy masters and moments in every tick.
         def once(carry):
             pending, bank, opt, sums, _ = carry
-            return (pending & False, *self._update(bank, opt, sums, ended))
+            return (pending & False, *self._update(bank, opt, sums, ended, last.limit))
 
         carry = (ended.any(), state.bank, state.opt, state.sums, report)
         _, bank, opt, sums, report = lax.while_loop(lambda c: c[0], once, carry)
         version = state.version + ended
         return StreamState(bank, opt, version, sums, state.flow), report
 
-    def _update(self, bank, opt, sums: Sums, ended):
+    def _update(self, bank, opt, sums: Sums, ended, limit):
         grads = self.sum_ranks(sums.grads, ended)
         a, b = mask_gradients(bank, grads["a"], grads["b"])
         squares = sum(jnp.sum(g * g, axis=(1, 2)) for g in jax.tree.leaves((a, b)))
         norm = jnp.sqrt(lax.psum(squares, STAGE))
         loss, tokens = lax.psum((sums.loss, sums.tokens), DATA)
         assert self.hyper is not None
+        hyper = self.hyper._replace(loss_limit=limit.astype(loss.dtype))
         params, opt, info = optimizer.gated_update(
-            {"a": bank.a, "b": bank.b}, opt, {"a": a, "b": b}, loss, ended, self.hyper, norm
+            {"a": bank.a, "b": bank.b}, opt, {"a": a, "b": b}, loss, ended, hyper, norm
         )
 
         def emptied(x):

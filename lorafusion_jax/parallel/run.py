@@ -85,6 +85,11 @@ class MeshRun(Run):
         self._put()
 
     @property
+    def _known_after(self) -> int:
+        # With a guard a call is dispatched only after the ones before it have ended.
+        return TICKS * self._engine.ranks
+
+    @property
     def begun(self) -> bool:
         """See `Run.begun`; the cursor moves only when the pipeline is drained."""
         return self._fed > 0
@@ -241,6 +246,12 @@ class MeshRun(Run):
         self._window.extend([*slots, *[empty_slot(self._window[-1])] * idle])
         # The embedding is fetched one tick ahead: the last slot enters with the next call's first.
         first_tick = self._feeder.slot - TICKS - 1
+        while self._guard.active and self._calls:  # their losses decide
+            self._collect()
+        lag = self._engine.pipeline.lag
+        for place in range(TICKS):  # what is updated in this call
+            limit = self._limits(first_tick - lag + place)
+            self._window[place] = self._window[place]._replace(limit=limit)
         window = window_of(list(self._window), self._engine.pipeline.mesh)
         self._dispatching = first_tick
         self._stream, report = self._engine.pipeline.run(
@@ -257,6 +268,16 @@ class MeshRun(Run):
         self._calls.append((first_tick, report))
         while len(self._calls) > CALLS_IN_FLIGHT:
             self._collect()
+
+    def _limits(self, slot: int) -> np.ndarray:
+        """The loss limits of the global batches that end with a slot."""
+        limits = np.full(self._num_slots, np.inf, np.float32)
+        for index in self._members.get(slot, ()):
+            for stretch in self._microbatches[index].stretches:
+                if stretch.ends:
+                    slot_of = self.schedule.slot[stretch.job]
+                    limits[slot_of] = self._guard.limit(stretch.job, index)
+        return limits
 
     def _drain(self) -> None:
         """Lets all that is under way finish, and brings the state to the host."""
@@ -276,8 +297,9 @@ class MeshRun(Run):
 
     def _collect(self) -> None:
         """Waits for the oldest call and reports the slots that were updated in it."""
-        first_tick, report = self._calls.popleft()
+        first_tick, report = self._calls[0]  # stays there meanwhile: the watchdog looks
         report = jax.device_get(report)
+        self._calls.popleft()
         for number in range(TICKS):
             slot = first_tick + number - self._engine.pipeline.lag
             one = jax.tree.map(lambda x, number=number: x[number], report)

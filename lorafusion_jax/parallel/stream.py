@@ -22,12 +22,14 @@ class Slot(NamedTuple):
         valid: which of them hold work.
         ends: per adapter slot, whether a global batch ends here.
         expected: per adapter slot, the version its forward must use, -1 where it is absent.
+        limit: per adapter slot, the loss above which a global batch that ends here is rejected.
     """
 
     batches: tuple[PackedBatch, ...]
     valid: np.ndarray
     ends: np.ndarray
     expected: np.ndarray
+    limit: np.ndarray
 
 
 def pack_slot(
@@ -69,7 +71,7 @@ def pack_slot(
             if stretch.job in jobs:
                 expected[jobs[stretch.job].slot] = stretch.batch
     ends = np.any([batch.batch_end for batch in batches], axis=0)
-    return Slot(tuple(batches), valid, ends, expected)
+    return Slot(tuple(batches), valid, ends, expected, np.full(num_slots, np.inf, np.float32))
 
 
 def empty_slot(like: Slot) -> Slot:
@@ -88,6 +90,7 @@ def empty_slot(like: Slot) -> Slot:
         np.zeros_like(like.valid),
         np.zeros_like(like.ends),
         np.full_like(like.expected, -1),
+        np.full_like(like.limit, np.inf),
     )
 
 
@@ -95,7 +98,7 @@ def window_of(slots: Sequence[Slot], mesh: Mesh) -> Window:
     """Puts consecutive slots on the mesh, each rank's microbatches on its devices."""
     batches = [jax.tree.map(lambda *x: np.stack(x), *slot.batches) for slot in slots]
     rows = [
-        (batch, slot.valid, slot.ends, slot.expected)
+        (batch, slot.valid, slot.ends, slot.expected, slot.limit)
         for batch, slot in zip(batches, slots, strict=True)
     ]
     window = Window(*jax.tree.map(lambda *x: np.stack(x), *rows))

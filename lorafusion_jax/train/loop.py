@@ -106,7 +106,7 @@ class Run:
         self._generation = 0
         self._feed = Feed(self._make)
         self._place_rows()
-        self._guard = SpikeGuard(_spike_configs(self.jobs), self.progress, lag=IN_FLIGHT)
+        self._guard = SpikeGuard(_spike_configs(self.jobs), self.progress, lag=self._known_after)
         self._outcomes = Outcomes(
             self._by_name,
             self.schedule,
@@ -125,6 +125,11 @@ class Run:
         """All microbatches are done, and no job waits to join."""
         done = self.cursor == len(self.schedule.plan.microbatches)
         return done and self._replanner.pending is None
+
+    @property
+    def _known_after(self) -> int:
+        """Microbatches after which the loss of a step is known to the host in any case."""
+        return IN_FLIGHT
 
     @property
     def begun(self) -> bool:

@@ -163,6 +163,28 @@ def test_one_jobs_nan_changes_no_bit_of_another(settings, on_mesh, start):
         assert_bit_equal(adapters(hurt), adapters(plain))
 
 
+@QUICK
+@pytest.mark.scenario("G8")
+def test_a_loss_above_its_limit_is_skipped_alone(settings, on_mesh, start):
+    on = on_mesh(**settings)
+    slots = on.slots(on.plan())
+    plain, before, _ = on.run(on.start(start), slots)
+    ends = [number for number, slot in enumerate(slots) if slot.ends[0]]
+    limit = np.full(len(MIX.jobs), np.inf, np.float32)
+    limit[0] = 1e-3  # of job a, in its fourth global batch
+    slots[ends[3]] = slots[ends[3]]._replace(limit=limit)
+    hurt, report, stale = on.run(on.start(start), slots)
+    assert stale.tolist() == [0, 0]
+    plain, hurt = on.finish(plain), on.finish(hurt)
+    assert hurt.opt.rejected.tolist() == [1, 0, 0, 0] and hurt.opt.count[0] == STEPS - 1
+    skipped = np.flatnonzero(before.applied[:, 0] & ~report.applied[:, 0])
+    assert len(skipped) == 1 and np.isfinite(report.loss[skipped[0], 0])
+    others = [1, 2, 3]
+    assert_bit_equal(*(jax.tree.map(lambda x: x[others], adapters(s)) for s in (hurt, plain)))
+    with pytest.raises(AssertionError, match="not bit-equal"):
+        assert_bit_equal(adapters(hurt), adapters(plain))
+
+
 @pytest.mark.scenario("A12")
 def test_restores_on_other_stage_counts_bit_equal(on_mesh, start, reference, truth):
     """One device, 4 stages, 2 uneven stages of 2 ranks: each goes on where the other stopped."""

@@ -18,9 +18,22 @@ from pathlib import Path
 import jax
 from lorafusion_jax.config import RunTrainConfig
 from lorafusion_jax.parallel.pipeline import DeviceProgram
+from lorafusion_jax.train import trainer as room
+from lorafusion_jax.train.events import StepDone
 from tests.parallel.test_run import trainer
 
 folder, stuck = Path(sys.argv[1]), sys.argv[2] == "stuck"
+
+class Late(room.Watchdog):  # compilation takes as long as it takes
+    def __enter__(self):
+        Late.made = super().__enter__()
+        return self
+
+def listen(event):
+    if isinstance(event, StepDone):
+        Late.made._limit = 20.0
+
+room.Watchdog = Late
 real = DeviceProgram.forward
 
 def wait(y, stage, tick):
@@ -34,8 +47,8 @@ def forward(self, state, t):
     return flow, jax.pure_callback(wait, shape, y, self.stage, t)
 
 DeviceProgram.forward = forward
-made = trainer(folder, (1, 2), names=("emoji",))
-made._train = RunTrainConfig(watchdog=float(sys.argv[3]))
+made = trainer(folder, (1, 2), names=("emoji",), listener=listen)
+made._train = RunTrainConfig(watchdog=600.0)
 made.fit()
 print("done")
 """
@@ -56,7 +69,7 @@ def train(folder, *arguments):
 @pytest.mark.crash
 @pytest.mark.scenario("G3")
 def test_a_stuck_stage_is_named(tmp_path):
-    done = train(tmp_path / "run", "stuck", "60")
+    done = train(tmp_path / "run", "stuck")
     assert done.returncode == 6, done.stderr[-3000:]
     stacks = (tmp_path / "run" / "stacks.txt").read_text()
     assert "ticks 15 to 30 of the pipeline" in stacks, stacks[:600]
@@ -68,7 +81,7 @@ def test_a_stuck_stage_is_named(tmp_path):
 @pytest.mark.scenario("G3")
 def test_without_the_stuck_stage_it_ends_well(tmp_path):
     """The twin."""
-    done = train(tmp_path / "run", "free", "600")
+    done = train(tmp_path / "run", "free")
     assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
     assert not (tmp_path / "run" / "stacks.txt").exists()
 
