@@ -118,9 +118,8 @@ def prepare_run(
     make_run: Callable[..., Run]
     if on_mesh:
         order = order_of(schedule.plan, config.parallel.stage)
-        step = memory_step(
-            base, jobs, capacity, num_slots, tile, schedule.plan.microbatches, config.parallel
-        )
+        step = memory_step(base, jobs, capacity, num_slots, tile, microbatches, config.parallel)
+        step = step._replace(segments=choices.segments, longest=choices.longest)
         stage = plan_stage(step, share_of(base, config.parallel, order), config.train.remat)
         remat, planned = stage.plan.remat[-1], stage.words
         engine = make_engine(
