@@ -91,6 +91,9 @@ class Processes:
         finally:
             for process in self.all:
                 process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()
         return found
 
 
@@ -106,8 +109,8 @@ def train(project: Path, output: Path, mesh, *, processes=1, devices=1, more=())
     )
 
 
-def succeeded(processes: Processes) -> list[str]:
-    found = processes.wait()
+def succeeded(processes: Processes, timeout: float = 240) -> list[str]:
+    found = processes.wait(timeout)
     assert [code for code, _ in found] == [0] * len(found), "\n\n".join(text for _, text in found)
     return [text for _, text in found]
 
@@ -185,11 +188,12 @@ def test_processes_that_cannot_train_together_are_refused(project, tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_on_two_processes_of_four_devices(tmp_path):
-    command = ["bench", "scaling", "--quick", "--stages", "4", "--data", "2", "--out", tmp_path]
+    command = ["bench", "scaling", "--quick", "--stages", "4", "--data", "2"]
+    command += ["--systems", "ours", "--out", tmp_path]
     found = Processes(command, processes=2, devices=4, cache=tmp_path / "compiled")
-    first, second = succeeded(found)
+    first, second = succeeded(found, timeout=900)  # programs of eight devices compile slowly
     rows = json.loads((tmp_path / "cpu" / "scaling.json").read_text())["rows"]
-    assert [row["system"] for row in rows] == ["ours", "mlora", "megatron"]
+    assert [row["system"] for row in rows] == ["ours"]
     assert all(row["stale"] == 0 for row in rows)
     assert "tokens/s" in first and "tokens/s" not in second
 
