@@ -5,6 +5,7 @@ their own that goes with them. What a run goes on from, all of them read in the 
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -74,7 +75,7 @@ def find_saved_together(output: Path, resume: str, find: Callable[[str], Saved])
 def _resume_of_others(output: Path, resume: str, step: int) -> str:
     if step == _NO_STEP:
         return "never"
-    source = output if resume == "auto" else Path(resume)
+    source = output if resume == "auto" else Path(os.path.abspath(resume))
     return str(source if source.name == str(step) else source / "checkpoints" / str(step))
 
 

@@ -11,6 +11,7 @@ from lorafusion_jax.errors import CheckpointError, ConfigError
 from lorafusion_jax.train import drive
 from lorafusion_jax.train.checkpoint import Checkpoints
 from lorafusion_jax.train.signals import StoppedError
+from lorafusion_jax.train.together import _resume_of_others
 from tests.train.test_trainer import final_state, metrics, stop_after, trainer
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -45,6 +46,16 @@ def test_a_relative_path_is_said_from_inside_the_run(stopped, tmp_path, monkeypa
     trainer(source).fit()
     assert final_state(tmp_path / "next") == final_state(source)
     assert metrics(tmp_path / "next") == metrics(source)
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"), [("checkpoints/4", "."), ("checkpoints", "4"), (".", "."), ("jobs", "..")]
+)
+def test_other_processes_find_the_step_of_the_first_one(stopped, monkeypatch, inside, said):
+    """By the step, as the first process may have passed over a damaged one."""
+    monkeypatch.chdir(stopped / inside)
+    assert _resume_of_others(stopped, said, 4) == str(stopped / "checkpoints" / "4")
+    assert _resume_of_others(stopped, "auto", 4) == str(stopped / "checkpoints" / "4")
 
 
 def test_a_run_without_its_jobs_and_a_checkpoint_without_its_run(stopped, tmp_path):
