@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "targets: install demo test test-all test-wheel test-gpu check-sass scoreboard lint format types bench-% docs readme clean"
+	@echo "targets: install demo test test-all test-wheel test-gpu check-sass check-tick scoreboard lint format types bench-% docs readme clean"
 
 install: $(READY)
 
@@ -88,6 +88,10 @@ $(SASS)/.installed: Makefile
 check-sass: $(READY) $(SASS)/.installed
 	PYTHONPATH=$(CURDIR):$(CURDIR)/sched:$(CURDIR)/$(SASS) $(PY) -m tests.kernels.check_sass $(WORDS)
 
+# The pipeline's tick, compiled for two H100 with the same wheels.
+check-tick: $(READY) $(SASS)/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/sched:$(CURDIR)/$(SASS) $(PY) -m tests.parallel.check_tick
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -112,4 +116,4 @@ readme: $(READY)
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo-model demo test test-all test-wheel test-gpu check-sass scoreboard scoreboard-gpu lint format types docs readme clean
+.PHONY: help install demo-model demo test test-all test-wheel test-gpu check-sass check-tick scoreboard scoreboard-gpu lint format types docs readme clean
