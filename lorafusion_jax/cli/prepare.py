@@ -1,5 +1,6 @@
 """What can be known of a run before its first step, and the command that shows it: check."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,11 +78,15 @@ def prepare(
 
 def check(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Validate configuration and data; writes nothing. Shows what training would do."""
+    import jax
+
     from lorafusion_jax.cli.progress import bytes_text
     from lorafusion_jax.cli.training import size_of
 
     run = read_config(config, overrides)
     ready = prepare(run)
+    if run.parallel.devices > 1:
+        ready = ready._replace(schedule=_schedule_on_mesh(ready))
     parameters = {job.name: _parameters(ready.base, job) for job in ready.jobs}
     base_bytes = size_of(ready.base.model)
     print(f"config   {config} is valid")
@@ -90,6 +95,9 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
     headings += ("r", "modules", "parameters")
     print_table(headings, [_job_row(job, parameters[job.name]) for job in ready.jobs])
     print(packing_line(ready))
+    if run.parallel.devices > 1:
+        mesh, here = run.parallel, jax.device_count()
+        print(f"mesh     {mesh.data} x {mesh.stage} devices; this machine has {here}")
     trained = bytes_text(_BYTES_PER_PARAMETER * bank_parameters(ready))
     print(
         f"memory   base {bytes_text(base_bytes)}, adapters with optimizer state {trained}, "
@@ -99,6 +107,30 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
     print(f"sample   first of {job.name}; loss is on what is marked")
     for learnt, text in shown_sample(job, ready.base.tokenizer):
         print(f"  {'learnt' if learnt else 'given '}  {text!r}")
+
+
+def _schedule_on_mesh(ready: Prepared) -> "Schedule":
+    """The plan that training makes for `parallel`, whose devices may be on another machine.
+
+    Raises:
+        ConfigError: such a mesh cannot work with this model.
+    """
+    from lorafusion_jax.parallel.mesh import check_sizes
+    from lorafusion_jax.parallel.order import best_schedule
+    from lorafusion_jax.train.schedule import make_schedule
+
+    mesh, problem = ready.config.parallel, ready.schedule.problem
+    check_sizes(
+        mesh.data,
+        mesh.stage,
+        num_devices=mesh.devices,
+        num_layers=ready.base.config.num_hidden_layers,
+    )
+    # The stages exchange rows of one static number.
+    make = partial(
+        make_schedule, problem.jobs, capacities=problem.capacities[-1:], tile=problem.tile
+    )
+    return best_schedule(make, data=mesh.data, stage=mesh.stage)
 
 
 def shown_sample(job: "TrainJob", tokenizer) -> list[tuple[bool, str]]:

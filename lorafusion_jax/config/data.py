@@ -1,6 +1,7 @@
 """Where a job's training data come from, and what of them is learnt."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -104,9 +105,9 @@ class DataConfig(Section):
         """Returns a path with this section's own keys, as for held-out rows.
 
         Split and subset go along with data sets of the same kind only: held-out rows may be a file
-        beside training data of the Hub.
+        beside training data of the Hub, or of a folder with splits.
         """
-        same = self.path is None or path.startswith(HUB) == self.path.startswith(HUB)
+        same = self.path is None or _kind(path) == _kind(self.path)
         return SourceConfig(
             path=path,
             format=self.format,
@@ -114,6 +115,12 @@ class DataConfig(Section):
             split=self.split if same else "train",
             subset=self.subset if same else None,
         )
+
+
+def _kind(path: str) -> Literal["hub", "folder", "file"]:
+    if path.startswith(HUB):
+        return "hub"
+    return "folder" if Path(path).is_dir() else "file"
 
 
 def data_path(path: str) -> str:

@@ -50,21 +50,30 @@ def make_mesh(
         ConfigError: the mesh cannot work; says why, and the nearest that can.
     """
     devices = jax.devices() if devices is None else devices
+    check_sizes(data, stage, num_devices=len(devices), num_layers=num_layers)
+    grid = np.array(devices[: data * stage]).reshape(data, stage)
+    return Mesh(grid, (DATA, STAGE), axis_types=(_AXIS_TYPES[axis_kind],) * 2)
+
+
+def check_sizes(data: int, stage: int, *, num_devices: int, num_layers: int) -> None:
+    """Refuses a mesh that cannot work, whatever the devices are.
+
+    Raises:
+        ConfigError: says why, and the nearest that can.
+    """
     problems = []
-    if data * stage > len(devices):
-        problems.append(f"{data * stage} devices are needed, and there are {len(devices)}")
+    if data * stage > num_devices:
+        problems.append(f"{data * stage} devices are needed, and there are {num_devices}")
     if stage > num_layers:
         problems.append(f"{stage} stages are more than the model's {num_layers} layers")
     if data < 1 or stage < 1:
         problems.append("both must be at least 1")
     if problems:
-        best_data, best_stage = nearest_mesh(data, stage, len(devices), num_layers)
+        best_data, best_stage = nearest_mesh(data, stage, num_devices, num_layers)
         raise ConfigError(
             f"parallel: data={data}, stage={stage} cannot work: {'; '.join(problems)}. "
             f"The nearest that can is data={best_data}, stage={best_stage}"
         )
-    grid = np.array(devices[: data * stage]).reshape(data, stage)
-    return Mesh(grid, (DATA, STAGE), axis_types=(_AXIS_TYPES[axis_kind],) * 2)
 
 
 def check_mesh(data: int, stage: int, config: ModelConfig) -> None:

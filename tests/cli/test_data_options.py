@@ -88,12 +88,15 @@ def test_split_is_for_data_sets_and_not_for_files(project, lorafusion):
     assert code == 2 and "numbers.jsonl: got split 'validation'" in err
 
 
-def test_held_out_files_do_not_take_the_split_of_a_data_set():
+def test_held_out_files_do_not_take_the_split_of_a_data_set(tmp_path):
     data = DataConfig(path="hf://a/b", split="train[:90%]", subset="en")
     at = data.at("hf://c/d")
     assert (at.split, at.subset) == ("train[:90%]", "en")
     at = data.at("held/out.jsonl")
     assert (at.split, at.subset) == ("train", None)
+    data = DataConfig(path=str(tmp_path), split="part")  # a folder that `datasets` saved
+    assert data.at(str(tmp_path)).split == "part"
+    assert data.at("held/out.jsonl").split == "train"
 
 
 def test_a_source_may_move_but_its_weight_may_not_change(mixed):

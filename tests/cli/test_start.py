@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,22 @@ class TestCheck:
         code, out, _ = lorafusion("check", project, "--set", "jobs.numbers.lora.r=8")
         assert code == 0
         assert next(x for x in out.splitlines() if x.startswith("numbers")).split()[-3] == "8"
+
+    def test_plans_for_the_mesh_that_training_would_use(self, lorafusion, project):
+        alone = lorafusion("check", project)[1]
+        code, out, err = lorafusion("check", project, "--set", "parallel.stage=2")
+        assert code == 0, err
+        assert "mesh     1 x 2 devices; this machine has" in out and "\nmesh" not in alone
+        # Two global batches of a job are three slots apart at least: 4 batches are 10 slots.
+        slots = [
+            int(re.search(r"^packing  (\d+) microbatches", text, re.M)[1]) for text in (alone, out)
+        ]
+        assert slots[0] < 10 <= slots[1]
+
+    def test_a_mesh_that_cannot_work_is_refused(self, lorafusion, project):
+        code, out, err = lorafusion("check", project, "--set", "parallel.stage=3")
+        assert code == 2 and "is valid" not in out
+        assert "3 stages are more than the model's 2 layers" in err and "stage=2" in err
 
     def test_bad_data_names_file_and_line(self, lorafusion, project):
         path = project.parent / "data/chat.jsonl"
