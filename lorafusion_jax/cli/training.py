@@ -114,12 +114,13 @@ def run_training(
     from lorafusion_jax.cli.progress import TrainProgress, bytes_text
     from lorafusion_jax.cli.session import device_line, start_jax
     from lorafusion_jax.cli.status import draw
-    from lorafusion_jax.parallel.processes import is_first
+    from lorafusion_jax.parallel.processes import all_or_none, is_first
     from lorafusion_jax.report import write_report
     from lorafusion_jax.train.trainer import base_of_run, trainer_from_config
 
     start_jax()
-    base = base_of_run(run)
+    with all_or_none():  # the model may be missing where one process runs
+        base = base_of_run(run)
     if not is_first():
         return trainer_from_config(run, base=base, source=source).fit(resume)
     print(f"base     {base.name}, {run.base.dtype} ({bytes_text(size_of(base.model))})")

@@ -1,7 +1,7 @@
 """One configuration file describes a run: the base model and every job that trains on it."""
 
 from lorafusion_jax.config.data import DataConfig, SourceConfig
-from lorafusion_jax.config.diff import Change, config_diff
+from lorafusion_jax.config.diff import Change, config_diff, settings_of
 from lorafusion_jax.config.load import config_from_dict, load_config, resolved_yaml, template_yaml
 from lorafusion_jax.config.schema import (
     BaseModelConfig,
@@ -42,5 +42,6 @@ __all__ = [
     "config_from_dict",
     "load_config",
     "resolved_yaml",
+    "settings_of",
     "template_yaml",
 ]

@@ -1,5 +1,7 @@
 """What changed between two configurations, and whether a run may go on with it."""
 
+import json
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +76,20 @@ def config_diff(old: RunConfig, new: RunConfig) -> list[Change]:
     return changes
 
 
+def settings_of(config: RunConfig) -> str:
+    """Returns all of a configuration but where things are and are reported, as text.
+
+    It is the same for runs that compute the same if the same is found at their paths.
+    """
+    elsewhere = (*PATHS, "output", "report.*")
+    kept = [
+        (job, key, value)
+        for (job, key), value in _flat(config).items()
+        if not _matches(key if job is None else f"jobs.*.{key}", elsewhere)
+    ]
+    return json.dumps(kept)
+
+
 def _flat(config: RunConfig) -> dict[tuple[str | None, str], Any]:
     content = config.model_dump(mode="json")
     flat: dict[tuple[str | None, str], Any] = {}
@@ -98,9 +114,13 @@ def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
 
 
 def _kind(pattern: str) -> Literal["allowed", "path", "refused"]:
-    if any(fnmatchcase(pattern, allowed) for allowed in ALLOWED):
+    if _matches(pattern, ALLOWED):
         return "allowed"
-    return "path" if any(fnmatchcase(pattern, path) for path in PATHS) else "refused"
+    return "path" if _matches(pattern, PATHS) else "refused"
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lorafusion_jax.config import RunConfig
+from lorafusion_jax.config import RunConfig, settings_of
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.parallel.processes import all_or_none, check_same, from_first, is_first
 from lorafusion_jax.train.checkpoint import Checkpoints, Leaves
@@ -96,12 +96,13 @@ def check_same_everywhere(base: Base, saved: Saved, plan_json: str) -> None:
     """Checks that all processes train the same.
 
     Raises:
-        ConfigError: they differ in base model, data or plan.
+        ConfigError: they differ in configuration, base model, data or plan.
     """
     if jax.process_count() > 1:
         data = [job.fingerprint for job in saved.jobs]
-        facts = json.dumps([base_fingerprint(base), data, saved.cursor, plan_json])
-        check_same("base model, data or plan", facts)
+        settings = settings_of(saved.config)
+        facts = json.dumps([settings, base_fingerprint(base), data, saved.cursor, plan_json])
+        check_same("configuration, base model, data or plan", facts)
 
 
 def reports_of(config: RunConfig) -> RunConfig:
