@@ -263,17 +263,21 @@ def _plain(x: Array, kernel: Array, bias: Array | None) -> Array:
 
 
 def _plain_forward(x, kernel, bias):
-    return _plain(x, kernel, bias), (x, kernel, bias)
+    # Who keeps residuals as arrays, as the rings of a mesh do, keeps all that is named here.
+    values = tuple(None if operand is None else operand.value for operand in (x, kernel, bias))
+    return _plain(*values), (values[0] if kernel.perturbed else None, *values[1:])
 
 
 def _plain_backward(residuals, dy):
     # jax's own rule would widen dy and the kernel to float32: a copy, and products at half speed.
     x, kernel, bias = residuals
     acc = jnp.promote_types(dy.dtype, jnp.float32)
-    dx = jnp.matmul(dy, kernel.T, preferred_element_type=acc).astype(x.dtype)
-    dkernel = jnp.matmul(x.T, dy, preferred_element_type=acc).astype(kernel.dtype)
+    dx = jnp.matmul(dy, kernel.T, preferred_element_type=acc).astype(dy.dtype)
+    dkernel = None
+    if x is not None:
+        dkernel = jnp.matmul(x.T, dy, preferred_element_type=acc).astype(kernel.dtype)
     dbias = None if bias is None else dy.astype(acc).sum(axis=0).astype(bias.dtype)
     return dx, dkernel, dbias
 
 
-_plain.defvjp(_plain_forward, _plain_backward)
+_plain.defvjp(_plain_forward, _plain_backward, symbolic_zeros=True)

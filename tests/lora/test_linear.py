@@ -136,3 +136,19 @@ def test_the_plain_linear_keeps_its_dtype_backward():
         strict=True,
     ):
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=2e-2, atol=2e-2)
+
+
+def test_a_frozen_linear_keeps_nothing_for_its_backward(rng):
+    """What is kept fills the rings of a mesh; a trained kernel needs the input (control)."""
+    linear = _linear(8, 6, 0, slots=0, use_bias=True)
+    graphdef, state = nnx.split(linear)
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+
+    def run(x, state):
+        return grouped_linear((nnx.merge(graphdef, state),), x)[0]
+
+    def kept(pull):
+        return {leaf.shape for leaf in jax.tree.leaves(pull)}
+
+    assert x.shape not in kept(jax.vjp(lambda x: run(x, state), x)[1])
+    assert x.shape in kept(jax.vjp(lambda state: run(x, state), state)[1])
