@@ -231,6 +231,8 @@ class DeviceProgram:
         activation, hidden = self.send_up(y), self.from_last(y)
         state = state._replace(flow=flow)
         state, dx = self.backward(state, t, gradient, head_gradient)
+        # Else XLA may put the head before the backward: nothing to hide the broadcast behind.
+        hidden, dx = lax.optimization_barrier((hidden, dx))
         state, report = self.update(state, t)
         sums, part = self.head(state.sums, t, hidden)
         flow = state.flow._replace(
