@@ -27,9 +27,13 @@ def plan(
     capacity: Annotated[
         str | None, typer.Option(help="Microbatch sizes: auto, or N[,N...]; else as configured.")
     ] = None,
-    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages to plan for.")] = 1,
+    stages: Annotated[
+        int | None, typer.Option(min=1, help="Pipeline stages to plan for; else as configured.")
+    ] = None,
     clock: Annotated[str, typer.Option(help="How stages take turns: fbh, bfh or 1f1b.")] = "fbh",
-    data_parallel: Annotated[int, typer.Option(min=1, help="Copies of the pipeline.")] = 1,
+    data_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Copies of the pipeline; else as configured.")
+    ] = None,
     measure: Annotated[
         bool, typer.Option(help="Time microbatches here; keep their cost in the output folder.")
     ] = False,
@@ -44,6 +48,8 @@ def plan(
     from lorafusion_sched import simulate, to_json
 
     run = read_config(config, [*(overrides or ()), *_sizes(capacity)])
+    stages = run.parallel.stage if stages is None else stages
+    data_parallel = run.parallel.data if data_parallel is None else data_parallel
     turns = _clock(clock, stages)
     if measure:
         _measure(run)

@@ -50,6 +50,13 @@ def test_a_pipeline_is_planned_written_and_drawn(lorafusion, project, tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_mesh_of_the_configuration_is_planned_unless_another_is_given(lorafusion, project):
+    configured = ("--set", "parallel.stage=2", "--set", "parallel.data=2")
+    given = lorafusion("plan", project, "--stages", "2", "--data-parallel", "2")[1]
+    assert "on 2 stages" in given and lorafusion("plan", project, *configured)[1] == given
+    assert "on 1 stages" in lorafusion("plan", project, *configured, "--stages", "1")[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
