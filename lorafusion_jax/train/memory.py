@@ -161,9 +161,15 @@ def largest_that(step: Step, fits: Callable[[Step], bool]) -> int:
     return low
 
 
-def device_bytes() -> int | None:
-    """Returns the bytes that each device lets this process have, at least; CPUs do not tell."""
-    found = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+def device_bytes(*, every: bool = False) -> int | None:
+    """Returns the bytes that a device lets this process have; CPUs do not tell.
+
+    Args:
+        every: the least of all devices of this process; else of the first one, where runs on one
+            device are.
+    """
+    devices = jax.local_devices() if every else jax.local_devices()[:1]
+    found = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     known = [size for size in found if size is not None]
     return min(known) if len(known) == len(found) else None
 

@@ -193,7 +193,7 @@ def available_everywhere() -> int | None:
 
     All processes of a run get the same answer, to the mebibyte, and must ask together.
     """
-    known = device_bytes()
+    known = device_bytes(every=True)
     least = -largest(1 if known is None else -(known >> 20))
     return None if least < 0 else least << 20
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ from lorafusion_jax.train.memory import (
     HEAD_ROOM,
     Step,
     choose_remat,
+    device_bytes,
     largest_capacity,
     moments_of,
     predict,
 )
+from lorafusion_jax.train.memory_mesh import available_everywhere
 from lorafusion_jax.train.step import Model, init_state, train_step
 from lorafusion_sched import padded
 from tests.train.tiny import dataset, tiny_base
@@ -169,6 +172,19 @@ def test_sizes_that_are_chosen_stay_within_memory(monkeypatch):
     assert padded(longest, 16) < tight < 8192 and tight % 16 == 0
     assert bounded(auto, 2**10) == padded(longest, 16)  # the run is then refused with a reason
     assert bounded(given, 2**20) == 8192
+
+
+@pytest.mark.parametrize(
+    ("limits", "first", "all_of_them"),
+    [((80, 8), 80, 8), ((80, 80), 80, 80), ((80, None), 80, None), ((None,), None, None)],
+)
+def test_a_run_on_one_device_looks_at_that_one(monkeypatch, limits, first, all_of_them):
+    """A second, smaller GPU of the host bounds only runs that use it."""
+    sizes = [None if limit is None else {"bytes_limit": limit << 30} for limit in limits]
+    devices = [SimpleNamespace(memory_stats=lambda size=size: size) for size in sizes]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert device_bytes() == (first and first << 30)
+    assert available_everywhere() == (all_of_them and all_of_them << 30)
 
 
 def test_counts_what_the_optimizers_keep():

@@ -177,7 +177,7 @@ def test_auto_takes_what_the_devices_have(monkeypatch):
     """On CPUs, which do not tell, nothing is computed again; a wish is obeyed."""
     none = plan_stage(LARGE, OF_FOUR, "auto")
     assert set(none.plan.remat) == {"none"}
-    monkeypatch.setattr(memory_mesh, "device_bytes", lambda: H100)
+    monkeypatch.setattr(memory_mesh, "device_bytes", lambda *, every: H100)
     some = plan_stage(LARGE, OF_FOUR, "auto")
     assert some.plan == choose_stage(LARGE, OF_FOUR, H100) and "78.00 GiB" in some.words
     assert set(plan_stage(LARGE, OF_FOUR, "full").plan.remat) == {"full"}
