@@ -21,6 +21,8 @@ class Choices(NamedTuple):
         eval_capacity: rows of a microbatch of held-out samples.
         segments: static number of segments of a microbatch.
         longest: static bound of the samples' lengths.
+        policies: on a mesh, what each layer place of a stage computes again.
+        residuals: on a mesh, what of a stage waits for the backward pass.
     """
 
     devices: int
@@ -29,13 +31,18 @@ class Choices(NamedTuple):
     eval_capacity: int
     segments: int
     longest: int
+    policies: tuple[Remat, ...] = ()
+    residuals: Literal["save", "recompute"] = "save"
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any] | None) -> Self | None:
         """Reads what a checkpoint holds; None if an older release left some of it out."""
-        if record is None or any(name not in record for name in cls._fields):
+        optional = cls._field_defaults
+        if record is None or any(n not in record and n not in optional for n in cls._fields):
             return None
-        return cls(**{name: record[name] for name in cls._fields})
+        values: dict[str, Any] = {name: record[name] for name in cls._fields if name in record}
+        values["policies"] = tuple(values.get("policies", ()))
+        return cls(**values)
 
 
 def kept(before: Choices | None, fresh: Choices) -> Choices:

@@ -19,6 +19,7 @@ from lorafusion_jax.parallel.pipeline import Order, ring_of
 from lorafusion_jax.parallel.processes import largest
 from lorafusion_jax.parallel.residuals import in_words, recomputed_share
 from lorafusion_jax.parallel.stage import Residuals
+from lorafusion_jax.train.choices import Choices
 from lorafusion_jax.train.memory import (
     HEAD_ROOM,
     POLICIES,
@@ -143,7 +144,9 @@ class Planned(NamedTuple):
     words: str
 
 
-def plan_stage(step: Step, share: Share, wish: Remat | Literal["auto"]) -> Planned:
+def plan_stage(
+    step: Step, share: Share, wish: Remat | Literal["auto"], before: Choices | None = None
+) -> Planned:
     """Plans a stage for the devices there are.
 
     Args:
@@ -151,12 +154,17 @@ def plan_stage(step: Step, share: Share, wish: Remat | Literal["auto"]) -> Plann
         share: of a device.
         wish: one policy for all layers, or "auto" for `choose_stage`; on CPUs, which do not tell
             how much memory they have, that is "none".
+        before: what the run chose when it began; kept for as many layers, wherever there is room.
 
     Raises:
         ResourceError: see `choose_stage`.
     """
-    available = available_everywhere()
-    if wish == "auto" and available is not None:
+    available, old = available_everywhere(), None
+    if wish == "auto" and before is not None and len(before.policies) == share.places:
+        old = predict_stage(step, share, before.policies, before.residuals)
+    if old is not None and (available is None or old.memory.total <= available):
+        plan = old
+    elif wish == "auto" and available is not None:
         plan = choose_stage(step, share, available)
     else:
         policy: Remat = "none" if wish == "auto" else wish

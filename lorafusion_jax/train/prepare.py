@@ -120,8 +120,10 @@ def prepare_run(
         order = order_of(schedule.plan, config.parallel.stage)
         step = memory_step(base, jobs, capacity, num_slots, tile, microbatches, config.parallel)
         step = step._replace(segments=choices.segments, longest=choices.longest)
-        stage = plan_stage(step, share_of(base, config.parallel, order), config.train.remat)
+        share = share_of(base, config.parallel, order)
+        stage = plan_stage(step, share, config.train.remat, before)
         remat, planned = stage.plan.remat[-1], stage.words
+        choices = choices._replace(policies=stage.plan.remat, residuals=stage.plan.residuals)
         engine = make_engine(
             base,
             bank,

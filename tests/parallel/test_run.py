@@ -1,6 +1,7 @@
 """Whole runs from `parallel: {data, stage}`: like one device's, replayed, resumed, moved."""
 
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from lorafusion_jax.config import (
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.lora.peft_io import load_peft
 from lorafusion_jax.parallel.run import MeshRun
-from lorafusion_jax.train import events
+from lorafusion_jax.train import events, prepare
 from lorafusion_jax.train.checkpoint import Checkpoints, tree_hash
 from lorafusion_jax.train.signals import StoppedError
 from lorafusion_sched import Microbatch, Stretch
@@ -103,6 +104,21 @@ def one_device(tmp_path_factory):
 def whole(tmp_path_factory):
     output, seen = tmp_path_factory.mktemp("whole") / "run", []
     return output, trainer(output, MESH, listener=seen.append).fit(), seen
+
+
+def test_a_resumed_mesh_is_given_the_policies_that_it_chose(whole, tmp_path, monkeypatch):
+    output = shutil.copytree(whole[0], tmp_path / "run")
+    asked = []
+
+    def plan_stage(step, share, wish, before):
+        asked.append((before.policies, before.residuals, share.places))
+        raise StoppedError("asked", signal.SIGTERM)
+
+    monkeypatch.setattr(prepare, "plan_stage", plan_stage)
+    with pytest.raises(StoppedError, match="asked"):
+        trainer(output, MESH).fit()
+    [(policies, residuals, places)] = asked
+    assert policies == ("none",) * places and residuals == "save"
 
 
 def test_a_mesh_trains_what_one_device_trains(whole, one_device):

@@ -1,5 +1,7 @@
 """What a run chose by itself is kept when it goes on; so its bits do not depend on a restart."""
 
+import json
+
 import pytest
 
 from lorafusion_jax.errors import ResourceError
@@ -53,6 +55,10 @@ def test_a_record_of_an_older_release_is_no_choice():
     assert Choices.from_record(record | {"newer": 1}) == Choices(**record)
     assert Choices.from_record(None) is None
     assert Choices.from_record({"devices": 1}) is None
+    of_mesh = Choices(2, "full", 16, 128, 64, 512, ("none", "full"), "recompute")
+    assert Choices.from_record(json.loads(json.dumps(of_mesh._asdict()))) == of_mesh
+    older = {name: record[name] for name in record if name not in ("policies", "residuals")}
+    assert Choices.from_record(older) == Choices(**record)
 
 
 @pytest.mark.scenario("B2")

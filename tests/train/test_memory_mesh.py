@@ -21,6 +21,7 @@ from lorafusion_jax.parallel.stream import Slot, window_of
 from lorafusion_jax.parallel.weights import Frozen, frozen_specs
 from lorafusion_jax.train import memory_mesh
 from lorafusion_jax.train.batch import pack
+from lorafusion_jax.train.choices import Choices
 from lorafusion_jax.train.memory import Step
 from lorafusion_jax.train.memory_mesh import Share, choose_stage, fits, plan_stage, predict_stage
 from lorafusion_sched import Microbatch
@@ -181,3 +182,21 @@ def test_auto_takes_what_the_devices_have(monkeypatch):
     some = plan_stage(LARGE, OF_FOUR, "auto")
     assert some.plan == choose_stage(LARGE, OF_FOUR, H100) and "78.00 GiB" in some.words
     assert set(plan_stage(LARGE, OF_FOUR, "full").plan.remat) == {"full"}
+
+
+def test_a_stage_keeps_what_it_chose_when_the_run_began(monkeypatch):
+    """Other policies give other bits; the user's word and the room there is come first."""
+    poor = ("attention", *("full",) * 19)
+    before = Choices(4, "full", 2048, 8192, 64, 2048, poor)
+    assert plan_stage(LARGE, OF_FOUR, "auto", before).plan.remat == poor
+    monkeypatch.setattr(memory_mesh, "device_bytes", lambda *, every: 2 * H100)
+    assert plan_stage(LARGE, OF_FOUR, "auto").plan.remat != poor
+    assert plan_stage(LARGE, OF_FOUR, "auto", before).plan.remat == poor
+    twice = plan_stage(LARGE, OF_FOUR, "auto", before._replace(residuals="recompute"))
+    assert (twice.plan.remat, twice.plan.residuals) == (poor, "recompute")
+    assert set(plan_stage(LARGE, OF_FOUR, "none", before).plan.remat) == {"none"}
+    other_mesh = plan_stage(LARGE, Share(8, 10, 16), "auto", before).plan
+    assert other_mesh == choose_stage(LARGE, Share(8, 10, 16), 2 * H100)
+    rich = before._replace(policies=("none",) * 20)
+    monkeypatch.setattr(memory_mesh, "device_bytes", lambda *, every: H100)
+    assert plan_stage(LARGE, OF_FOUR, "auto", rich).plan == choose_stage(LARGE, OF_FOUR, H100)
