@@ -67,7 +67,8 @@ def attend(
 ) -> Float[Array, "T H D"]:
     """Attends from each row to the rows of its own segment up to itself; inputs must be finite.
 
-    A run of padding is one segment here: its rows see one another, and nobody sees them.
+    A run of padding is one segment or several here: rows of one see one another, and nobody sees
+    them.
 
     Args:
         q: queries.

@@ -111,6 +111,12 @@ def test_da_is_shared_out_among_blocks():
 
 
 @pytest.mark.slow
+def test_da_is_absorbed_from_narrow_tiles_too():
+    """Widths of the outputs in 16s make all tiles narrow, those of X among them."""
+    _passes(_ABSORB_CASE + "    del absorb['base_up']; check(sizes=absorb, **case | {'ns': (80,)})")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["base_up", "dx"])
 def test_slots_that_are_not_drained_between_pass_and_products_are_caught(op):
     """The interpreter sees shared memory only: too early a read of S takes a GPU to show."""
