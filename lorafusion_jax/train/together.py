@@ -92,17 +92,26 @@ class NoCheckpoints(Checkpoints):
         """Writes nothing."""
 
 
+def check_same_settings(config: RunConfig) -> None:
+    """Checks that all processes were started alike; else they would not even exchange the same.
+
+    Raises:
+        ConfigError: they differ in more than paths and reports.
+    """
+    if jax.process_count() > 1:
+        check_same("configuration", settings_of(config))
+
+
 def check_same_everywhere(base: Base, saved: Saved, plan_json: str) -> None:
     """Checks that all processes train the same.
 
     Raises:
-        ConfigError: they differ in configuration, base model, data or plan.
+        ConfigError: they differ in base model, data or plan.
     """
     if jax.process_count() > 1:
         data = [job.fingerprint for job in saved.jobs]
-        settings = settings_of(saved.config)
-        facts = json.dumps([settings, base_fingerprint(base), data, saved.cursor, plan_json])
-        check_same("configuration, base model, data or plan", facts)
+        facts = json.dumps([base_fingerprint(base), data, saved.cursor, plan_json])
+        check_same("base model, data or plan", facts)
 
 
 def reports_of(config: RunConfig) -> RunConfig:

@@ -47,6 +47,7 @@ from lorafusion_jax.train.signals import StopSignals
 from lorafusion_jax.train.sinks import Sinks, check_sinks
 from lorafusion_jax.train.together import (
     check_same_everywhere,
+    check_same_settings,
     find_saved_together,
     locked_folder,
     reports_of,
@@ -181,6 +182,7 @@ class MultiTrainer:
             StoppedError: a signal stopped training, after a clean save.
         """
         goodput, config = Goodput(), self.config
+        check_same_settings(config)
         own = self._listener if is_first() else None
         reports = reports_of(config)
         # Whatever is wrong with the data or the targets ends the run here, with nothing written.
