@@ -24,6 +24,7 @@ from lorafusion_jax.train.jobs import TrainJob, hyper_parameters
 from lorafusion_jax.train.loop import Run
 from lorafusion_jax.train.loss import TokenLosses
 from lorafusion_jax.train.programs import Programs
+from lorafusion_jax.train.schedule import Schedule
 from lorafusion_jax.train.step import StepReport
 from lorafusion_sched import Microbatch, Stretch
 
@@ -163,6 +164,15 @@ class MeshRun(Run):
             self._follow()
             if sizes != (self._segments, self._longest):  # of the rows on their way too
                 self._put()
+
+    def _make_room(self, schedule: Schedule) -> None:
+        """See `Run._make_room`; on a mesh all microbatches have the rows of the largest size.
+
+        They are of several sizes where the run began on one device.
+        """
+        rows = max(schedule.problem.capacities)
+        widened = tuple(Microbatch(m.stretches, rows) for m in schedule.plan.microbatches)
+        super()._make_room(replace(schedule, plan=replace(schedule.plan, microbatches=widened)))
 
     def _follow(self) -> None:
         """Takes over a plan: ends are reported once, whatever the number of ranks."""

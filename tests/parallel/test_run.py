@@ -19,10 +19,14 @@ from lorafusion_jax.config import (
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.lora.peft_io import load_peft
 from lorafusion_jax.parallel.run import MeshRun
+from lorafusion_jax.parallel.stream import pack_slot
 from lorafusion_jax.train import events, prepare
+from lorafusion_jax.train.batch import JobRows
 from lorafusion_jax.train.checkpoint import Checkpoints, tree_hash
+from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.schedule import Schedule
 from lorafusion_jax.train.signals import StoppedError
-from lorafusion_sched import Microbatch, Stretch
+from lorafusion_sched import Job, Microbatch, Plan, Problem, Sample, Stretch
 from tests.train.tiny import TILE, dataset, tiny_base
 
 DATA = {"sql": dataset(1, 30), "emoji": dataset(2, 26, 4, 9), "late": dataset(3, 20)}
@@ -170,6 +174,29 @@ def test_a_run_moves_from_one_device_to_a_mesh(one_device, tmp_path):
     with pytest.raises(StoppedError):
         trainer(output, (1, 1), listener=stop_after(3)).fit()
     assert_close(trainer(output, MESH).fit(), one_device)
+
+
+def test_there_is_room_for_the_padding_of_a_plan_of_several_sizes():
+    """A plan that one device began: on a mesh its small microbatches have more padding."""
+    batch = tuple(Sample(0, i, 12) for i in range(20))
+    stretch = Stretch("job", 0, batch, ends=True)
+    problem = Problem(jobs=(Job(name="job", batches=(batch,)),), capacities=(256, 8192), tile=TILE)
+    plan = Plan(microbatches=(Microbatch((stretch,), 256),), tile=TILE, distance=1, width=1)
+    schedule = Schedule(problem, plan, {"job": 0}, {"job": 0}, {"job": 0}, 1)
+    samples = [(np.zeros(12, np.int32), np.ones(12, np.bool_))] * 20
+
+    def packed(kind):
+        run = object.__new__(kind)
+        run._segments = run._longest = 1
+        run._make_room(schedule)
+        sizes = {"max_segments": run._segments, "longest": run._longest}
+        rows = {"job": JobRows(0, 0, samples, {0: 220})}
+        for microbatches in (plan.microbatches, (Microbatch((), 8192),)):
+            pack_slot(microbatches, rows, capacity=8192, tile=TILE, num_slots=1, **sizes)
+
+    packed(MeshRun)
+    with pytest.raises(AssertionError, match="segments, room for"):
+        packed(Run)
 
 
 def test_a_failure_does_not_hide_what_is_due_with_it():
