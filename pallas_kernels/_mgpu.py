@@ -39,8 +39,8 @@ from jax.experimental.pallas.mosaic_gpu import set_max_registers as set_max_regi
 from jax.experimental.pallas.mosaic_gpu import wait_smem_to_gmem as wait_smem_to_gmem
 from jax.experimental.pallas.mosaic_gpu import wgmma as wgmma
 from jax.experimental.pallas.mosaic_gpu import wgmma_wait as wgmma_wait
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 
 MEMORY_WARPGROUP = 2
 HOPPER = (9, 0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lorafusion_jax.config import BatchingConfig, DataConfig, JobConfig, OptimConfig, SourceConfig
+from lorafusion_jax.config.schema import SpikeConfig
 from lorafusion_jax.data import (
     Dataset,
     batch_order,
@@ -251,3 +252,9 @@ def _slot_values(optim: OptimConfig, num_steps: int) -> dict[str, Any]:
         "max_grad_norm": math.inf if clip is None else clip,
         "lora_plus_ratio": optim.lora_plus_ratio,
     }
+
+
+def spike_configs(jobs: Sequence[TrainJob]) -> dict[str, SpikeConfig]:
+    """Returns the guards against loss spikes of the jobs that have one, by job."""
+    found = {job.name: job.config.train.spike for job in jobs}
+    return {name: spike for name, spike in found.items() if spike is not None}

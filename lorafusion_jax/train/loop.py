@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from lorafusion_jax.config import RunConfig
-from lorafusion_jax.config.schema import SpikeConfig
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.lora.bank import put_slot, write_slot
 from lorafusion_jax.models.hf_weights import Base
@@ -25,7 +24,7 @@ from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import CheckpointSaved, JobEnded, Listener, Notice
 from lorafusion_jax.train.feed import Feed
 from lorafusion_jax.train.goodput import Goodput
-from lorafusion_jax.train.jobs import TrainJob, hyper_parameters
+from lorafusion_jax.train.jobs import TrainJob, hyper_parameters, spike_configs
 from lorafusion_jax.train.optimizer import Hyper
 from lorafusion_jax.train.outcome import IN_FLIGHT, Outcomes
 from lorafusion_jax.train.programs import Programs
@@ -106,7 +105,7 @@ class Run:
         self._generation = 0
         self._feed = Feed(self._make)
         self._place_rows()
-        self._guard = SpikeGuard(_spike_configs(self.jobs), self.progress, lag=self._known_after)
+        self._guard = SpikeGuard(spike_configs(self.jobs), self.progress, lag=self._known_after)
         self._outcomes = Outcomes(
             self._by_name,
             self.schedule,
@@ -146,8 +145,7 @@ class Run:
     def evaluate_base(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Evaluates the base model on the held-out samples of every job that has not started.
 
-        Args:
-            stopping: asked between two jobs; True leaves the rest for later.
+        `stopping` is asked between two jobs; True leaves the rest for later.
         """
         for job in self.jobs:
             if stopping():
@@ -182,8 +180,8 @@ class Run:
     def end_job(self, name: str, status: str, *, repack: bool = True) -> None:
         """Ends a job now: it keeps what it has learnt, and nothing more of it is trained.
 
-        Its rows are padding from the next microbatch on; a planner in the background then packs the
-        rest without it, and training does not wait for that.
+        Its rows are padding from the next microbatch on; a planner in the background packs the rest
+        without it.
 
         Args:
             name: a job that has not ended.
@@ -258,8 +256,7 @@ class Run:
     def resume_change(self, record: dict[str, Any]) -> None:
         """Goes on with a change of plan that was being made when the run was saved.
 
-        Args:
-            record: what the checkpoint holds of it; the jobs that join are among `jobs`.
+        `record` is what the checkpoint holds of it; the jobs that join are among `jobs`.
         """
         change = Change.from_record(record)
         added = [self._by_name[name].plan for name in change.added]
@@ -354,7 +351,7 @@ class Run:
 
     def _admit(self, jobs: Sequence[TrainJob]) -> None:
         self.jobs = (*self.jobs, *jobs)
-        self._guard.admit(_spike_configs(jobs))
+        self._guard.admit(spike_configs(jobs))
         for job in jobs:
             self._by_name[job.name] = job
             self.progress[job.name] = JobProgress()
@@ -501,8 +498,3 @@ class Run:
             )
         )
         self.end_job(job.name, STOPPED, repack=not rule.keep_bits)
-
-
-def _spike_configs(jobs: Sequence[TrainJob]) -> dict[str, SpikeConfig]:
-    found = {job.name: job.config.train.spike for job in jobs}
-    return {name: spike for name, spike in found.items() if spike is not None}
