@@ -130,6 +130,7 @@ def metrics(output: Path) -> dict:
     return lines
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(project, tmp_path):
     """Bit by bit: a sum of two is the same in any order. Process 0 alone writes and prints."""
     one, two = tmp_path / "one", tmp_path / "two"
