@@ -1,10 +1,10 @@
-"""Shapes of the models that meshes are measured with, and the work of training them."""
+"""Shapes of the models that meshes are measured with, and the peak of their devices."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.train import memory
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 """Dense bfloat16 FLOP/s of a device whose kind has this in its name."""
@@ -16,6 +16,12 @@ MODELS = {
     "tiny": ModelConfig(61, 32, 48, 8, 4, 2, 8),
 }
 """Llama 3.1 8B and 70B, Qwen 2.5 32B, and one for tests."""
+
+
+_PATHS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 
 
 def model_shape(name: str, layers: int | None) -> ModelConfig:
@@ -31,37 +37,7 @@ def model_shape(name: str, layers: int | None) -> ModelConfig:
 
 def linear_widths(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Returns (in, out) of every linear of a layer, by its path inside the layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = (
-        heads * config.head_dim
-        for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
-    return {
-        "self_attn.q_proj": (hidden, q),
-        "self_attn.k_proj": (hidden, kv),
-        "self_attn.v_proj": (hidden, kv),
-        "self_attn.o_proj": (q, hidden),
-        "mlp.gate_proj": (hidden, inner),
-        "mlp.up_proj": (hidden, inner),
-        "mlp.down_proj": (inner, hidden),
-    }
-
-
-def train_flops(config: ModelConfig, lengths: Iterable[int], r: int) -> float:
-    """Returns the work of forward and backward over samples of these lengths; padding earns none.
-
-    Four per frozen weight and token (head included, look-up not), the LoRA products, and causal
-    attention, whose backward is 2.5 forwards.
-    """
-    lengths = list(lengths)
-    tokens = sum(lengths)
-    widths = linear_widths(config).values()
-    heads = config.num_attention_heads * config.head_dim
-    layer = 4.0 * tokens * sum(k * n for k, n in widths)
-    layer += 6.0 * tokens * r * sum(k + n for k, n in widths)
-    layer += 3.5 * 2.0 * heads * sum(n * n for n in lengths)
-    head = 4.0 * tokens * config.vocab_size * config.hidden_size
-    return config.num_hidden_layers * layer + head
+    return dict(zip(_PATHS, memory.linear_widths(config), strict=True))
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -26,7 +26,6 @@ from lorafusion_jax.bench.mesh_models import (
     linear_widths,
     model_shape,
     peak_flops,
-    train_flops,
 )
 from lorafusion_jax.bench.pipeline_report import draw_speed
 from lorafusion_jax.bench.pipeline_time import (
@@ -39,6 +38,7 @@ from lorafusion_jax.bench.pipeline_time import (
 )
 from lorafusion_jax.bench.results import RESULTS, Row, device_name, write_results
 from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
+from lorafusion_jax.bench.shapes import step_flops
 from lorafusion_jax.errors import ConfigError
 from lorafusion_jax.models.config import ModelConfig
 from lorafusion_jax.models.decoder import REMAT_POLICIES, Remat
@@ -277,7 +277,7 @@ def measure(
     predicted = simulate(whole, cost, stages, order)
     lengths = [s.length for job in jobs for batch in job.batches for s in batch]
     peak = peak_flops(jax.devices()[0].device_kind)
-    flops = train_flops(bench.config, lengths, RANK)
+    flops = step_flops(bench.config, lengths, RANK)
     slow = Cost(per_token=traced / (1 + backward) / bench.capacity, backward=backward)
     gantt = {"predicted": simulate(part, slow, stages, order)}
     gantt["measured"] = measured_timeline(part, ends, stages, backward, gantt["predicted"])

@@ -6,10 +6,11 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lorafusion_jax.bench.mesh_models import MODELS, PEAK_FLOPS, linear_widths, train_flops
+from lorafusion_jax.bench.mesh_models import MODELS, PEAK_FLOPS, linear_widths
 from lorafusion_jax.bench.pipeline import RANK
 from lorafusion_jax.bench.results import Row, write_results
 from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
+from lorafusion_jax.bench.shapes import step_flops
 from lorafusion_jax.errors import ResourceError
 from lorafusion_jax.models.decoder import Remat
 from lorafusion_jax.parallel.pipeline import ring_of
@@ -90,7 +91,7 @@ def tick_time(model: str, stages: int, rows: int, policies: Sequence[Remat]) -> 
     lengths = [2048] * (rows // 2048)
     one_layer = replace(config, num_hidden_layers=1)
     head = 4.0 * rows * config.vocab_size * config.hidden_size
-    layer = (train_flops(one_layer, lengths, RANK) - head) / (PEAK * LAYER_MFU)
+    layer = (step_flops(one_layer, lengths, RANK) - head) / (PEAK * LAYER_MFU)
     forward = len(policies) * layer / (1 + BACKWARD)
     step = Step(config, rows, 1, RANK)
     copies = sum(4 * kept_bytes(step, remat) for remat in policies) / MEMORY
@@ -154,7 +155,7 @@ def predicted(
         "order": order,
         "remat": in_words(policies),
         "tokens_per_s": sum(lengths) / seconds,
-        "mfu": train_flops(MODELS[model], lengths, RANK) / seconds / (PEAK * data * stages),
+        "mfu": step_flops(MODELS[model], lengths, RANK) / seconds / (PEAK * data * stages),
         "bubble": 1 - real * tick.total / seconds,
         "noop_share": 1 - real / slots,
         "reduction_share": reduction / seconds,

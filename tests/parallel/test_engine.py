@@ -185,16 +185,20 @@ def test_a_loss_above_its_limit_is_skipped_alone(settings, on_mesh, start):
         assert_bit_equal(adapters(hurt), adapters(plain))
 
 
-@pytest.mark.scenario("A12")
-def test_restores_on_other_stage_counts_bit_equal(on_mesh, start, reference, truth):
-    """One device, 4 stages, 2 uneven stages of 2 ranks: each goes on where the other stopped."""
-    whole = reference.plan
+def in_three(whole):
+    """A plan's thirds, cut where global batches are under way."""
     third = len(whole.microbatches) // 3
     first, second = (unfinished_near(whole, i) for i in (third, 2 * third))
-    parts = [
+    return [
         replace(whole, microbatches=whole.microbatches[i:j])
         for i, j in ((0, first), (first, second), (second, None))
     ]
+
+
+@pytest.mark.scenario("A12")
+def test_restores_on_other_stage_counts_bit_equal(on_mesh, start, reference, truth):
+    """One device, 4 stages, 2 uneven stages of 2 ranks: each goes on where the other stopped."""
+    parts = in_three(reference.plan)
     saved, versions = start, np.zeros(len(MIX.jobs), np.int32)
     for part, settings in zip(parts, (BOTH, PIPELINE, BOTH), strict=True):
         on = on_mesh(**settings)
@@ -243,13 +247,7 @@ def test_remat_policies(order, residuals, remat, on_mesh, start, reference, trut
 @pytest.mark.scenario("A12")
 def test_one_stage_four_stages_two_stages(on_mesh, start, reference, truth, tmp_path):
     """Through checkpoint files, in the middle of global batches: 1 -> 4 -> 2 stages, bit by bit."""
-    whole = reference.plan
-    third = len(whole.microbatches) // 3
-    first, second = (unfinished_near(whole, i) for i in (third, 2 * third))
-    parts = [
-        replace(whole, microbatches=whole.microbatches[i:j])
-        for i, j in ((0, first), (first, second), (second, None))
-    ]
+    parts = in_three(reference.plan)
     store = Checkpoints(tmp_path)
     store.prepare()
     saved, versions = start, np.zeros(len(MIX.jobs), np.int32)
