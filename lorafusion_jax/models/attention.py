@@ -153,8 +153,8 @@ def _by_xla(q, k, v, segments: Segments, scoring: Scoring):
 
 
 def _by_cudnn(q, k, v, segments: Segments, scoring: Scoring):
-    longest = segments.demands.longest
-    return attention_cudnn.attend(q, k, v, segments.offsets, scoring, longest)
+    longest, deterministic = segments.demands.longest, segments.demands.deterministic
+    return attention_cudnn.attend(q, k, v, segments.offsets, scoring, longest, deterministic)
 
 
 _IMPLEMENTATIONS: dict[AttentionImplementation, Callable] = {"cudnn": _by_cudnn, "xla": _by_xla}

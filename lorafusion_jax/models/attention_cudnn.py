@@ -9,6 +9,7 @@ them find nothing to do; its saved statistics are [M, H, bound] in float32. So b
 count: `lorafusion_jax.train.batch` keeps the segments M and the longest of them small.
 """
 
+import json
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,12 @@ TRIED = ((0, 11), (0, 12))  # from, to: versions of jax that this was run or low
 MAX_SEGMENTS = 128
 
 # Without a flag cuDNN adds up dQ in the order in which blocks finish: two runs were seen to differ
-# by 2e-6 at 32 heads of 128. Under xla_gpu_exclude_nondeterministic_ops, which deterministic runs
-# set (`lorafusion_jax.train.programs`), XLA asks it for an algorithm that repeats its bits, and it
-# did: `test_the_note_on_cudnn_is_true` on two H200. False sends deterministic runs to XLA.
+# by 2e-6 at 32 heads of 128. With it, it repeated its bits: `test_the_note_on_cudnn_is_true` on two
+# H200. False sends deterministic runs to XLA.
+#
+# The flag is set on each call here, because XLA 0.11.2's own way (deterministic runs exclude
+# nondeterministic operations) writes it to the first of several equal calls only, and then finds no
+# compiled graph for the others when they run (an IndexError).
 REPEATS_ITS_BITS = True
 
 
@@ -64,6 +68,7 @@ def attend(
     offsets: Int[Array, " M1"],
     scoring: Scoring,
     longest: int | None = None,
+    deterministic: bool = False,
 ) -> Float[Array, "T H D"]:
     """Attends from each row to the rows of its own segment up to itself; inputs must be finite.
 
@@ -77,6 +82,7 @@ def attend(
         offsets: as in `Segments`.
         scoring: of the attention.
         longest: no segment has more rows; None for no bound but T.
+        deterministic: the backward pass repeats its bits.
     """
     rows, (segments,) = q.shape[0], (offsets.shape[0] - 1,)
     pages = num_pages(rows, rows if longest is None else longest)
@@ -85,7 +91,7 @@ def attend(
     lengths = jnp.diff(offsets)[: pages * per_page].reshape(pages, per_page)
     where = (lengths, offsets.reshape(pages, per_page + 1))
     q, k, v = (x.reshape(pages, rows // pages, *x.shape[1:]) for x in (q, k, v))
-    out = _packed(scoring, q, k, v, where)
+    out = _packed((scoring, deterministic), q, k, v, where)
     return jnp.asarray(out).reshape(rows, *q.shape[2:])
 
 
@@ -101,25 +107,31 @@ def num_pages(rows: int, longest: int) -> int:
     return pages
 
 
+type _Asked = tuple[Scoring, bool]  # of attention, and whether it repeats its bits
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed(scoring: Scoring, q, k, v, where):
-    return _packed_forward(scoring, q, k, v, where)[0]
+def _packed(asked: _Asked, q, k, v, where):
+    return _packed_forward(asked, q, k, v, where)[0]
 
 
-def _packed_forward(scoring: Scoring, q, k, v, where):
+def _packed_forward(asked: _Asked, q, k, v, where):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     operands = (q, k, v, *_operands(q, k, where))
     out, statistics = cudnn._dot_product_attention_fwd_p.bind(
-        *operands, is_training=True, **_parameters(scoring)
+        *operands, is_training=True, **_parameters(asked[0])
     )
     return out, (operands, statistics, out)
 
 
-def _packed_backward(scoring: Scoring, residuals, dout):
+def _packed_backward(asked: _Asked, residuals, dout):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    scoring, deterministic = asked
     operands, statistics, out = residuals
+    if deterministic:
+        return (*_repeatable_gradients(scoring, operands, statistics, out, dout), None)
     gradients = cudnn._dot_product_attention_bwd_p.bind(
         *operands, statistics, out, dout, **_parameters(scoring)
     )
@@ -127,6 +139,40 @@ def _packed_backward(scoring: Scoring, residuals, dout):
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
+
+
+def _repeatable_gradients(scoring: Scoring, operands, statistics, out, dout):
+    """The same call as jax's own, with the flag that jax does not set."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    from jaxlib.mlir import ir
+
+    q, k, v, _, *lengths_and_offsets = operands[:8]
+    pages, rows, heads, width = q.shape
+    groups, asked = k.shape[2], _parameters(scoring)
+    with ir.Context():
+        kind = ir.BF16Type.get() if q.dtype == jnp.bfloat16 else ir.F16Type.get()
+        config = cudnn.create_dot_product_attention_backend_config(
+            pages, heads, rows, rows, kind, asked["scale"], asked["seed"], asked["dropout_rate"],
+            asked["mask_type"], asked["layout"], asked["sliding_window_length"],
+            lengths_and_offsets[0].shape[1], False, is_bwd=True,
+        )  # fmt: skip
+    config = json.loads(config)
+    config["cudnn_fmha_backend_config"]["force_deterministic"] = True
+    # cuDNN numbers the axes of a gradient with the heads before the rows, and stores them after.
+    by_head = [(pages, count, rows, width) for count in (heads, groups, groups)]
+    call = jax.ffi.ffi_call(
+        "__cudnn$fmhaSoftmaxBackward",
+        [*(jax.ShapeDtypeStruct(shape, q.dtype) for shape in by_head), _NO_WORKSPACE],
+        output_layouts=[*[(0, 2, 1, 3)] * 3, (0,)],
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps(config),
+        vmap_method="sequential",
+    )
+    gradients = call(q, k, v, statistics, dout, out, *lengths_and_offsets)[:3]
+    return tuple(gradient.transpose(0, 2, 1, 3) for gradient in gradients)
+
+
+_NO_WORKSPACE = jax.ShapeDtypeStruct((0,), jnp.uint8)
 
 
 def _operands(q, k, where) -> tuple:

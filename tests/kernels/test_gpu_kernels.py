@@ -42,7 +42,10 @@ SHAPES = {
     },
     "widths in 32s": {"tiles": (1, 0), "k": 4128, "ns": (2080,), "rank": 16, "tile_rows": 128},
     "ragged rows": {"tiles": (0,), "k": 320, "ns": (192,), "rank": 16, "tile_rows": 1001},
-    "outputs in 16s": {"tiles": (0, -1, 1), "k": 320, "ns": (80,), "rank": 16, "padding": (7, 300)},
+    "outputs in 16s": {
+        "tiles": (0, -1, 1), "k": 320, "ns": (80,), "rank": 16, "padding": (7, 300),
+        "tile_rows": 128,
+    },
     "few rows": {"tiles": (0,), "k": 8, "ns": (8,), "rank": 1, "tile_rows": 8},
     "tiles of 256": {"tiles": (1, 0, -1), "k": 4096, "ns": (128,), "rank": 16, "tile_rows": 256},
     "float16": {
