@@ -108,9 +108,11 @@ class Bench:
         state = self.pipeline.empty_state(like.batches[0], shapes, ("adamw",))
         bank = state.bank
 
-        @partial(jax.jit, donate_argnums=0)
         def filled(stacks):
-            return jax.tree.map(lambda x: jnp.full_like(x, 0.01), stacks)
+            # Where they were: elsewhere, the engine would compile once more for the second call.
+            places = jax.tree.map(lambda x: x.sharding, stacks)
+            fill = partial(jax.tree.map, lambda x: jnp.full_like(x, 0.01))
+            return jax.jit(fill, donate_argnums=0, out_shardings=places)(stacks)
 
         bank = bank._replace(
             a=filled(bank.a),

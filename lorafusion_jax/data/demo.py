@@ -11,7 +11,7 @@ from lorafusion_jax.data.order import batch_order
 from lorafusion_jax.errors import DataError, ModelError
 
 DEMO_TASKS = ("translate", "emoji", "docstring", "sql")
-EVAL_ROWS = 48
+EVAL_ROWS = 32
 _MAX_ROWS = 2000
 
 
@@ -31,7 +31,7 @@ class _Job(NamedTuple):
 _JOBS = {
     "translate": _Job(16, 32, 0.05, 1e-3, "cosine", 16, {"cpu": 16, "gpu": 300}),
     "emoji": _Job(8, 16, 0.0, 2e-3, "linear", 16, {"cpu": 16, "gpu": 300}),
-    "docstring": _Job(32, 32, 0.1, 1e-3, "cosine", 12, {"cpu": 16, "gpu": 300}),
+    "docstring": _Job(12, 12, 0.1, 1e-3, "cosine", 12, {"cpu": 16, "gpu": 300}),
     "sql": _Job(4, 8, 0.0, 2e-3, "constant", 8, {"cpu": 16, "gpu": 300}),
     "spelling": _Job(16, 32, 0.05, 1e-3, "cosine", 16, {"cpu": 16, "gpu": 300}),
 }
