@@ -104,21 +104,24 @@ def _where(case) -> dict:
     }  # fmt: skip
 
 
-def _kernels(case) -> list[dict]:
-    """Prints the time of every kernel; returns a row for each of ours."""
+def _kernels(case, bytes_per_us: float) -> list[dict]:
+    """Prints the time of every kernel; returns a row for each of ours and of the frozen linear."""
     from lorafusion_jax.bench.linears import make_operands, passes
     from lorafusion_jax.bench.roofline import kernel_rows
     from lorafusion_jax.bench.timing import kernel_times
 
-    operands, times = make_operands(case, 0), []
+    operands, times, frozen_us = make_operands(case, 0), [], 0.0
     for name in ("frozen", "ours"):
         times = kernel_times(passes(name)["fwdbwd"], (operands,))
         print(f"  {name}: {sum(time for _, time in times):.1f} us", flush=True)
         print("   ", "  ".join(f"{kernel[:28]} {time:.1f}" for kernel, time in times), flush=True)
-    rows = kernel_rows(case, times)
+        if name == "frozen":
+            frozen_us = sum(time for _, time in times)
+    rows = kernel_rows(case, times, bytes_per_us)
     for row in rows:
         print(f"    {row['impl']:<18} {100 * row['share_of_roofline']:.1f}% of the roofline")
-    return [_where(case) | row for row in rows]
+    alone = {"impl": "kernel: frozen", "pass": "alone", "ms": round(frozen_us / 1e3, 5)}
+    return [_where(case) | row for row in (alone, *rows)]
 
 
 def _compare_variants(case, rounds: int) -> list[dict]:
@@ -175,13 +178,18 @@ def peft_rows(path: Path) -> list[dict]:
 
 def _measured(options) -> Iterator[list[dict]]:
     """Measures what was asked for, case by case."""
+    from lorafusion_jax.bench.roofline import copy_bytes_per_us
+
     if options.peft_baseline:
         yield peft_rows(options.peft_baseline)
+    bytes_per_us = copy_bytes_per_us() if options.kernels else 0.0
+    if options.kernels:
+        print(f"copy bandwidth {bytes_per_us / 1e6:.2f} TB/s", flush=True)
     names, wanted = options.implementations.split(","), options.passes.split(",")
     for case in _cases(options.quick, options.shape):
         print(case, flush=True)
         if options.kernels:
-            yield _kernels(case)
+            yield _kernels(case, bytes_per_us)
         if options.variants:
             yield _compare_variants(case, options.rounds)
         else:

@@ -1,9 +1,21 @@
-"""What a fused kernel must move and multiply, and the least time that takes on an H100."""
+"""What a fused kernel must move and multiply, and the least time that takes on a device."""
 
 from lorafusion_jax.bench.linears import Case
 
-BYTES_PER_US = 3.0e6  # measured copy bandwidth of an H100 80GB HBM3, reads and writes together
-FLOP_PER_US = 989e6  # dense bfloat16 peak
+FLOP_PER_US = 989e6  # dense bfloat16 peak of Hopper
+
+
+def copy_bytes_per_us(gibibytes: int = 1) -> float:
+    """Measures the device's bandwidth: bytes read and written per us by a copy of that size."""
+    import jax
+    import jax.numpy as jnp
+
+    from lorafusion_jax.bench.timing import kernel_times
+
+    x = jnp.ones(gibibytes << 29, jnp.bfloat16)
+    # Not a plain copy, which XLA would leave to the driver.
+    times = kernel_times(jax.jit(lambda x: -x), (x,))
+    return 2 * x.nbytes / sum(us for _, us in times)
 
 
 def work(case: Case) -> dict[str, tuple[float, float]]:
@@ -22,17 +34,17 @@ def work(case: Case) -> dict[str, tuple[float, float]]:
     }
 
 
-def floor_us(case: Case) -> dict[str, float]:
+def floor_us(case: Case, bytes_per_us: float) -> dict[str, float]:
     """Returns the least microseconds of each kernel, by memory or tensor cores."""
     return {
-        op: max(moved / BYTES_PER_US, flop / FLOP_PER_US)
+        op: max(moved / bytes_per_us, flop / FLOP_PER_US)
         for op, (moved, flop) in work(case).items()
     }
 
 
-def kernel_rows(case: Case, times: list[tuple[str, float]]) -> list[dict]:
+def kernel_rows(case: Case, times: list[tuple[str, float]], bytes_per_us: float) -> list[dict]:
     """Returns a row per fused kernel of a call: its time, bytes moved and share of the roofline."""
-    rows, floors = [], floor_us(case)
+    rows, floors = [], floor_us(case, bytes_per_us)
     for op, (moved, _) in work(case).items():
         us = sum(value for name, value in times if f"lora_{op}_" in name)
         if us:

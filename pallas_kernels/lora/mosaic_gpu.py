@@ -39,6 +39,7 @@ MAX_RANK = 256  # of one projection: one accumulator of `down`
 MAX_RANKS = 1024  # side by side in one launch; groups with more are taken apart
 _GRANULE = 8  # rows of the tiles in SMEM, which TMA copies whole
 _STEP = 64  # ranks and columns that the kernels take at a time
+_PADDED_FROM = 4096  # rows: 3 of 365 us at 8192, for copies of 4 us
 _TILES = (64, 32, 16)  # columns of theirs; Mosaic has no products of tiles of 8
 
 
@@ -211,12 +212,15 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     ss = tuple(jnp.pad(s, ((0, 0), (0, shape.rank - rank))) for s in ss)
     parts, dbs = grad_up(dys, b, ss, rows, choose("grad_up", shape))
     sizes = choose("dx", shape)
-    # Whole steps of dx, and of the pieces that TMA copies: it then fills nothing.
-    unused = -shape.ranks % TILE_K
+    absorb = sizes.absorb and _can_absorb(shape, da_pass.RANKS)
+    # Whole steps of dx, and of the pieces that TMA copies: it then fills nothing. That saves dx
+    # less than the copies cost where there are few rows.
+    bare = shape.rows < _PADDED_FROM and shape.ranks <= TILE_K and not absorb
+    unused = 0 if bare else -shape.ranks % TILE_K
     zeros = jnp.zeros((x.shape[0], unused), x.dtype)
     ds = jnp.concatenate([*(part.sum(0).astype(x.dtype) for part in parts), zeros], axis=1)
     transposed = jnp.pad(_side_by_side(a).transpose(0, 2, 1), ((0, 0), (0, 0), (0, unused)))
-    if sizes.absorb and _can_absorb(shape, da_pass.RANKS):
+    if absorb:
         dx, da = dx_with_da(dys, ws, ds, transposed, x, shape.ranks, rows, sizes)
     else:
         da = grad_down(x, ds, shape.ranks, rows, choose("grad_down", shape))
