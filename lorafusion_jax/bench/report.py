@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lorafusion_jax.bench import kernels_report, training_report
 from lorafusion_jax.bench.results import RESULTS, Row
-from lorafusion_jax.bench.training_report import draw, with_ratios
 
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -37,8 +37,9 @@ class Table(NamedTuple):
         pivot: key whose values become further columns, such as `impl`.
         value: what stands in those columns.
         where: only rows with these values are printed.
-        derive: adds to the rows what is computed from several of them.
+        derive: chooses among the rows, or adds to them what is computed from several.
         having: a further table of the rows that have this key, with a line above it.
+        bench: whose results it shows, where it has another name.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Table(NamedTuple):
     where: Row = {}  # noqa: RUF012  (never changed)
     derive: Callable[[Sequence[Row]], list[Row]] | None = None
     having: tuple[str, str, tuple[Column, ...]] | None = None
+    bench: str = ""
 
 
 _MESH_COLUMNS = (
@@ -66,6 +68,15 @@ _MESH_COLUMNS = (
     Column("predicted_error", "predicted time", "+.1%"),
     Column("peak_gib", "peak GiB", ".1f"),
 )
+_LINEAR_COLUMNS = (
+    Column("tokens", "tokens", ","),
+    Column("k", "k"),
+    Column("n", "n"),
+    Column("r", "rank"),
+    Column("p", "dropout"),
+    Column("adapters", "adapters"),
+)
+_OVER_FROZEN = Column("ratio_to_frozen", "time of forward and backward / frozen", ".3f")
 TABLES = {
     "demo": Table(
         "The demo: four tasks learnt together",
@@ -96,16 +107,20 @@ TABLES = {
     ),
     "kernels": Table(
         "LoRA linears against the frozen linear",
-        (
-            Column("tokens", "tokens", ","),
-            Column("k", "k"),
-            Column("n", "n"),
-            Column("r", "rank"),
-            Column("adapters", "adapters"),
-            Column("pass", "pass"),
-        ),
+        _LINEAR_COLUMNS,
         pivot="impl",
-        value=Column("ratio_to_frozen", "time / frozen", ".2f"),
+        value=_OVER_FROZEN,
+        where={"pass": "fwdbwd"},
+        derive=kernels_report.whole_linears,
+    ),
+    "linears": Table(
+        "LoRA linears against the frozen linear",
+        tuple(c for c in _LINEAR_COLUMNS if c.key in ("tokens", "k", "n")),
+        pivot="impl",
+        value=_OVER_FROZEN,
+        where=dict(kernels_report.SHOWN),
+        derive=kernels_report.whole_linears,
+        bench="kernels",
     ),
     "layer": Table(
         "A decoder layer",
@@ -131,7 +146,7 @@ TABLES = {
             Column("padding", "padding", ".1%"),
             Column("peak_gib", "peak GiB", ".1f"),
         ),
-        derive=with_ratios,
+        derive=training_report.with_ratios,
         having=(
             "overhead",
             "What of a microbatch of (e) is no work, in milliseconds and together:",
@@ -165,6 +180,8 @@ TABLES = {
     "pipeline": Table("A pipeline against other schedules", _MESH_COLUMNS),
     "scaling": Table("Large models on several devices", _MESH_COLUMNS),
 }
+
+FIGURES: dict[str, Callable] = {"training": training_report.draw, "kernels": kernels_report.draw}
 
 
 def _cell(value: object, form: str = "") -> str:
@@ -203,9 +220,9 @@ def render(table: Table, rows: list[Row]) -> str:
     Rows that share all grouping columns and the pivot (such as several seeds) are averaged.
     """
     rows = [row for row in rows if all(row.get(k) == v for k, v in table.where.items())]
+    rows = rows if table.derive is None else table.derive(rows)
     headings = [column.heading for column in table.columns]
     if table.pivot is None or table.value is None:
-        rows = rows if table.derive is None else table.derive(rows)
         parts = [_plain(_there(table.columns, rows) if table.derive else table.columns, rows)]
         if table.having is not None:
             key, line, columns = table.having
@@ -227,24 +244,32 @@ def render(table: Table, rows: list[Row]) -> str:
     return markdown_table(headings + names, cells)
 
 
-def section(bench: str, root: Path = RESULTS) -> str:
-    """Returns a bench's heading, tables and figures of all devices, and the commands behind."""
-    parts = []
+def section(name: str, root: Path = RESULTS, page: Path = Path("README.md")) -> str:
+    """Returns a table's heading, it and its figures for all devices, and the commands behind.
+
+    Args:
+        name: of the table.
+        root: folder of all results.
+        page: that it is for; figures are linked from there.
+    """
+    parts, table = [], TABLES[name]
+    bench = table.bench or name
     for path in sorted(root.glob(f"*/{bench}.json")):
         record = json.loads(path.read_text())
         jax = record["versions"].get("jax", "?")
-        value = TABLES[bench].value
+        value = table.value
         what = f" {value.heading[0].upper()}{value.heading[1:]}." if value else ""
         head = f"{record['device']}, {record['date']}, jax {jax}: `{record['command']}`.{what}"
-        parts.append(f"{head}\n\n{render(TABLES[bench], record['rows'])}\n")
+        parts.append(f"{head}\n\n{render(table, record['rows'])}\n")
         for figure in sorted(path.parent.glob(f"{bench}_*.png")):
-            name = figure.stem.replace("_", " ")
-            parts.append(f"![{name}]({RESULTS.as_posix()}/{path.parent.name}/{figure.name})\n")
-    return "\n".join([f"### {TABLES[bench].title}\n", *parts] if parts else [])
+            shown = RESULTS / path.parent.name / figure.name
+            link = shown.relative_to(page.parent) if page.parent in shown.parents else shown
+            parts.append(f"![{figure.stem.replace('_', ' ')}]({link.as_posix()})\n")
+    return "\n".join([f"### {table.title}\n", *parts] if parts else [])
 
 
-def update(text: str, root: Path = RESULTS) -> str:
-    """Returns README text with every marked table replaced.
+def update(text: str, root: Path = RESULTS, page: Path = Path("README.md")) -> str:
+    """Returns a page's text with every marked table replaced.
 
     Raises:
         ValueError: a marker names a table that does not exist.
@@ -254,7 +279,7 @@ def update(text: str, root: Path = RESULTS) -> str:
         name = match[2]
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}; there are: {', '.join(TABLES)}")
-        body = section(name, root)
+        body = section(name, root, page)
         return f"{match[1]}\n{body}\n{match[3]}" if body else f"{match[1]}{match[3]}"
 
     return _MARKED.sub(fresh, text)
@@ -270,13 +295,14 @@ def main(arguments: list[str]) -> int:
     """Updates or checks the files; returns the exit code."""
     check = "--check" in arguments
     if not check:  # measured on a machine that may have had no library for figures
-        for path in sorted(RESULTS.glob("*/training.json")):
-            draw(json.loads(path.read_text())["rows"], path.parent)
+        for bench, draw in FIGURES.items():
+            for path in sorted(RESULTS.glob(f"*/{bench}.json")):
+                draw(json.loads(path.read_text())["rows"], path.parent)
     named = [Path(a) for a in arguments if a != "--check"]
     stale = False
     for path in named or pages():
         old = path.read_text()
-        new = update(old)
+        new = update(old, page=path)
         if check:
             stale |= new != old
             print(f"{path}: {'up to date' if new == old else 'out of date; run `make readme`'}")
