@@ -20,8 +20,8 @@ def test_readme_is_up_to_date(monkeypatch):
 
 
 def kernels_row(impl, ratio):
-    shape = {"tokens": 8192, "k": 4096, "n": 4096, "r": 16, "adapters": 4, "pass": "fwd"}
-    return shape | {"impl": impl, "ratio_to_frozen": ratio}
+    shape = {"tokens": 8192, "k": 4096, "n": 4096, "r": 16, "p": 0.1, "adapters": 4}
+    return shape | {"pass": "fwdbwd"} | {"impl": impl, "ratio_to_frozen": ratio}
 
 
 def test_table_is_rendered_from_the_file(tmp_path):
@@ -31,7 +31,7 @@ def test_table_is_rendered_from_the_file(tmp_path):
     text = report.update(readme, tmp_path)
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text and "some-gpu" in text and "`bench it`" in text
-    assert "| 8,192 | 4096 | 4096 | 16 | 4 | fwd | 1.00 | 1.06 |" in text  # seeds are averaged
+    assert "| 8,192 | 4096 | 4096 | 16 | 0.1 | 4 | 1.000 | 1.060 |" in text  # seeds are averaged
     assert report.update(text, tmp_path) == text
     # A heading without a measurement below it would promise something.
     heading = "### LoRA linears against the frozen linear"
@@ -39,6 +39,8 @@ def test_table_is_rendered_from_the_file(tmp_path):
     (tmp_path / "some-gpu/kernels_ratio.png").touch()
     figure = "![kernels ratio](docs/results/some-gpu/kernels_ratio.png)"
     assert figure in report.update(text, tmp_path)
+    from_docs = report.update(text, tmp_path, Path("docs/kernels.md"))
+    assert figure.replace("(docs/", "(") in from_docs
     path = tmp_path / "some-gpu/kernels.json"
     record = json.loads(path.read_text())
     record["rows"][0]["ratio_to_frozen"] = 1.5
