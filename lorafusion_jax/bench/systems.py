@@ -16,6 +16,7 @@ import numpy as np
 
 from lorafusion_jax.lora import linear
 from lorafusion_jax.train.batch import LongestSegment, PackedBatch
+from lorafusion_jax.train.stored import Compiled
 from lorafusion_sched import Sample
 from pallas_kernels import fused_multi_lora
 
@@ -64,7 +65,7 @@ def lora_linears(kind: str) -> Iterator[None]:
         jax.clear_caches()
 
 
-def compiled_bytes(program: jax.stages.Compiled) -> int:
+def compiled_bytes(program: Compiled) -> int:
     """Returns the device memory of a program, arguments included; 0 if XLA does not say."""
     found = program.memory_analysis()
     if found is None:

@@ -19,7 +19,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,25 +124,23 @@ class Program:
 
     def compile(self, batch) -> None:
         """Compiles the step for batches of this shape, with the system's linears."""
-        import jax
-
         from lorafusion_jax.bench.systems import compiled_bytes, lora_linears
-        from lorafusion_jax.train.programs import REPEATABLE
-        from lorafusion_jax.train.step import Model, train_step, update_step
+        from lorafusion_jax.train.programs import programs_of
+        from lorafusion_jax.train.step import Model
 
         start = time.perf_counter()
         setup, rows = self._setup, batch.tokens.shape[0]
         segments = batch.segment_offsets.shape[0] - 1
         remat, chunk = self._plan_memory(rows, segments, batch.longest.rows)
         model = Model(self._graphdef, remat, chunk, setup.deterministic)
-        jit = partial(
-            jax.jit, donate_argnums=0, compiler_options=REPEATABLE if setup.deterministic else None
-        )
-        with lora_linears(LINEARS[self._system]):
-            step = jit(partial(train_step, model))
-            compiled = step.lower(self._state, self._frozen, batch).compile()
+        programs = programs_of(model)
+        with lora_linears(kind := LINEARS[self._system]):
+            args = (self._state, self._frozen, batch)
+            # What is kept on disk is the program of the usual linears.
+            train = programs["train"]
+            compiled = train.compile(args) if kind == "ours" else train.compile_anew(args)
         self._compiled[rows] = compiled
-        self._update = jit(update_step).lower(self._state, self._hyper, batch.batch_end).compile()
+        self._update = programs["update"].compile((self._state, self._hyper, batch.batch_end))
         self.compile_seconds += time.perf_counter() - start
         self.bytes = max(self.bytes, compiled_bytes(compiled))
 

@@ -24,6 +24,7 @@ from lorafusion_jax.train.step import (
     train_step,
     update_step,
 )
+from lorafusion_jax.train.stored import Compiled, Program
 
 # XLA then picks, or asks its libraries for, algorithms that repeat their bits. Other platforms
 # ignore the option.
@@ -61,14 +62,9 @@ class Programs:
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._frozen, self._listener, self._waiting = frozen, listener, waiting
-        jit = partial(jax.jit, compiler_options=REPEATABLE if model.deterministic else None)
-        self._jitted = {
-            "train": jit(partial(train_step, model), donate_argnums=0),
-            "update": jit(update_step, donate_argnums=0),
-            "eval": jit(partial(eval_step, model)),
-        }
-        self._compiling: dict[_Key, Future[tuple[jax.stages.Compiled, float]]] = {}
-        self._compiled: dict[_Key, jax.stages.Compiled] = {}
+        self._steps = programs_of(model)
+        self._compiling: dict[_Key, Future[tuple[Compiled, float]]] = {}
+        self._compiled: dict[_Key, Compiled] = {}
 
     def train(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, Float[Array, ""]]:
         """Runs `train_step`; `state` is donated."""
@@ -111,7 +107,7 @@ class Programs:
         self._listener(Compiling(key.name, key.capacity))
         # The arrays may be donated before the compiler has looked at them: it gets their shapes.
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-        self._compiling[key] = pool.submit(_compile, self._jitted[key.name], shapes)
+        self._compiling[key] = pool.submit(_compile, self._steps[key.name], shapes)
 
     def _program(self, key: _Key, *args):
         if key not in self._compiled:
@@ -121,7 +117,7 @@ class Programs:
             else:
                 self._listener(Compiling(key.name, key.capacity))
                 with self._waiting():
-                    program, seconds = _compile(self._jitted[key.name], args)
+                    program, seconds = _compile(self._steps[key.name], args)
             memory = program.memory_analysis()
             temp_bytes = None if memory is None else memory.temp_size_in_bytes
             self._listener(Compiling(key.name, key.capacity, seconds, temp_bytes))
@@ -138,7 +134,20 @@ def _update_key(hyper: Hyper) -> _Key:
     return _Key("update", limits=hyper.loss_limit is not None)
 
 
-def _compile(jitted: Any, args: tuple) -> tuple[jax.stages.Compiled, float]:
+def programs_of(model: Model) -> dict[str, Program]:
+    """Returns the programs of a model, by name: train, update and eval."""
+    options = REPEATABLE if model.deterministic else None
+    leaf: Any = 0
+    report = StepReport(*[leaf] * len(StepReport._fields))
+    losses = TokenLosses(*[leaf] * len(TokenLosses._fields))
+    return {
+        "train": Program(partial(train_step, model), lambda state, *_: (state, 0), True, options),
+        "update": Program(update_step, lambda state, *_: (state, report), True, options),
+        "eval": Program(partial(eval_step, model), lambda *_: losses, False, options),
+    }
+
+
+def _compile(program: Program, args: tuple) -> tuple[Compiled, float]:
     start = time.perf_counter()
-    compiled = jitted.lower(*args).compile()
+    compiled = program.compile(args)
     return compiled, time.perf_counter() - start

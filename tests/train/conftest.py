@@ -36,11 +36,11 @@ def shared_programs(monkeypatch):
 _compile, _known = programs._compile, {}
 
 
-def _compile_once(jitted, args):
-    step = jitted.__wrapped__
+def _compile_once(program, args):
+    step = program.step
     static = (step.func, *step.args) if isinstance(step, partial) else (step,)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
     key = (static, jax.tree.structure(args), shapes)
     if key not in _known:
-        _known[key] = _compile(jitted, args)
+        _known[key] = _compile(program, args)
     return _known[key]

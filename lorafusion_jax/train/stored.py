@@ -1,0 +1,170 @@
+"""Lowered programs, kept on disk beside the compiled ones of jax.
+
+jax finds a compiled program by its text. To have that text, a step must be traced and its kernels
+lowered, in Python: 14 of the 20 seconds of a warm start at 8B. Here the text is found by what it
+depends on: the source files of this project, versions, device, settings, the step's static half,
+and the shapes of its arguments. A file that cannot be read is written anew.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import PyTree
+
+import lorafusion_jax
+import lorafusion_sched
+import pallas_kernels
+from pallas_kernels import tables
+
+_VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy")
+_SETTINGS = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
+    "jax_threefry_partitionable", "jax_numpy_dtype_promotion", "jax_debug_nans",
+)  # fmt: skip
+# Programs are read by the very versions that wrote them, so what jax promises nothing of is safe.
+_CALLS = ("mosaic_gpu_v2", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+
+
+class Compiled(Protocol):
+    """A compiled program, of jax's kind or ours."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs it."""
+        ...
+
+    def memory_analysis(self) -> Any:
+        """As of `jax.stages.Compiled`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step to be compiled.
+
+    Attributes:
+        step: the function, or a `functools.partial` of it over static arguments.
+        like: from the arguments to something with the structure of the results.
+        donate: the buffers of the first argument are taken for results.
+        options: of the compiler.
+    """
+
+    step: Callable[..., Any]
+    like: Callable[..., PyTree]
+    donate: bool
+    options: dict[str, Any] | None = None
+
+    def compile(self, args: tuple) -> Compiled:
+        """Compiles for arguments of these shapes, by a stored text where there is one.
+
+        Args:
+            args: arrays, or their `jax.ShapeDtypeStruct`.
+
+        Returns:
+            The program, for arguments of the same structure.
+        """
+        folder = jax.config.jax_compilation_cache_dir
+        if folder and jax.config.jax_enable_compilation_cache:
+            try:
+                return self._compile_stored(args, Path(folder) / "lowered")
+            except (ValueError, NotImplementedError, OSError):
+                pass  # jax.export does not take every program
+        return self.compile_anew(args)
+
+    def compile_anew(self, args: tuple) -> Compiled:
+        """Does the same without stored texts."""
+        jitted = self._jit(self.step, donate_argnums=0 if self.donate else ())
+        return jitted.lower(*args).compile()
+
+    @property
+    def _jit(self) -> Callable[..., Any]:
+        return partial(jax.jit, compiler_options=self.options)
+
+    def _compile_stored(self, args: tuple, folder: Path) -> "_OfLeaves":
+        leaves, structure = jax.tree.flatten(args)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+        results = jax.tree.structure(self.like(*args))
+
+        def on_leaves(*leaves):
+            found = self.step(*jax.tree.unflatten(structure, leaves))
+            assert jax.tree.structure(found) == results
+            return tuple(jax.tree.leaves(found))
+
+        path = folder / self._key(structure, shapes)
+        exported = _read(path)
+        if exported is None:
+            checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
+            exported = jax.export.export(jax.jit(on_leaves), disabled_checks=checks)(*shapes)
+            _write(path, exported.serialize())
+        donated = range(len(jax.tree.leaves(args[0])) if self.donate else 0)
+        compiled = self._jit(exported.call, donate_argnums=tuple(donated)).lower(*shapes).compile()
+        return _OfLeaves(compiled, structure, results)
+
+    def _key(self, structure, shapes: list) -> str:
+        step = self.step if isinstance(self.step, partial) else partial(self.step)
+        device = jax.devices()[0]
+        parts = (
+            step.func.__module__, step.func.__qualname__, step.args, step.keywords, structure,
+            shapes, device.device_kind, jax.default_backend(), tables.chosen(), _environment(),
+            [getattr(jax.config, name) for name in _SETTINGS],
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _OfLeaves:
+    """A compiled program over the leaves of its arguments."""
+
+    compiled: jax.stages.Compiled
+    structure: Any
+    results: Any
+
+    def __call__(self, *args):
+        leaves, structure = jax.tree.flatten(args)
+        if structure != self.structure:
+            raise TypeError(f"arguments of another structure: {structure}, not {self.structure}")
+        return jax.tree.unflatten(self.results, self.compiled(*leaves))
+
+    def memory_analysis(self) -> Any:
+        """As of `jax.stages.Compiled`."""
+        return self.compiled.memory_analysis()
+
+
+@functools.cache
+def _environment() -> str:
+    """Versions, and a digest of every source file that a program may come from."""
+    digest = hashlib.sha256()
+    for package in (lorafusion_jax, lorafusion_sched, pallas_kernels):
+        root = Path(str(package.__file__)).parent
+        for path in sorted([*root.rglob("*.py"), *root.rglob("*.json")]):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _VERSIONS_OF]
+    return f"{digest.hexdigest()} {versions}"
+
+
+def _read(path: Path) -> "jax.export.Exported | None":
+    """The program of a file; None if there is none, or what is there is damaged."""
+    try:
+        stored = path.read_bytes()
+        digest, text = stored[:32], bytearray(stored[32:])
+        if hashlib.sha256(text).digest() == digest:
+            return jax.export.deserialize(text)
+    except OSError:
+        pass
+    return None
+
+
+def _write(path: Path, text: bytearray) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(hashlib.sha256(text).digest() + text)
+    os.replace(file.name, path)

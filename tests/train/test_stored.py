@@ -1,0 +1,107 @@
+"""Programs kept on disk: the same results, found again, and never those of something else."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.train import stored
+from lorafusion_jax.train.stored import Program
+
+
+def step(factor, state, x):
+    traced.append(factor)
+    return {"sum": state["sum"] + factor * x}, x.sum()
+
+
+traced: list = []
+STATE = {"sum": jnp.arange(4.0)}
+X = np.full(4, 2, np.float32)
+
+
+def program(factor=3.0, **changes):
+    values = {"donate": True, "like": lambda state, *_: (state, 0)} | changes
+    return Program(partial(step, factor), **values)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path):
+    """Keeps programs in a folder of the test's own."""
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path), True), strict=True):
+        jax.config.update(name, value)
+    traced.clear()
+    yield tmp_path / "lowered"
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+def run(made):
+    compiled = made.compile((STATE, X))
+    state, total = compiled(jax.tree.map(jnp.copy, STATE), X)
+    return np.asarray(state["sum"]).tolist(), float(total), compiled
+
+
+def test_a_second_process_need_not_trace(cache):
+    first, second = run(program())[:2], run(program())[:2]
+    assert first == second == ([6, 7, 8, 9], 8)
+    assert len(traced) == 1 and len(list(cache.iterdir())) == 1
+
+
+def test_the_first_argument_is_donated():
+    compiled = run(program())[2]
+    given = jax.tree.map(jnp.copy, STATE)
+    compiled(given, X)
+    assert given["sum"].is_deleted()
+
+
+@pytest.mark.parametrize("what", ["static", "shape", "dtype", "sources", "structure"])
+def test_another_program_is_not_taken(what, monkeypatch, cache):
+    run(program())
+    args = (STATE, X)
+    if what == "static":
+        assert run(program(5.0))[0] == [10, 11, 12, 13]
+        args = None
+    elif what == "shape":
+        args = ({"sum": jnp.zeros(8)}, np.zeros(8, np.float32))
+    elif what == "dtype":
+        args = (STATE, np.zeros(4, np.int32))
+    elif what == "sources":
+        monkeypatch.setattr(stored, "_environment", lambda: "an edited file")
+    else:
+        args = ({"sum": STATE["sum"], "more": ()}, X)
+        with pytest.raises(AssertionError):
+            program(like=lambda *_: 0).compile(args)
+        return
+    if args:
+        program().compile(args)
+    assert len(traced) == 2 and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
+def test_a_damaged_file_is_written_anew(damage, cache):
+    run(program())
+    (path,) = cache.iterdir()
+    text = bytearray(path.read_bytes())
+    if damage == "flipped":
+        text[len(text) // 2] ^= 1
+    path.write_bytes({"cut": text[:-10], "flipped": text, "emptied": b""}[damage])
+    assert run(program())[0] == [6, 7, 8, 9]
+    assert len(traced) == 2
+    assert run(program())[0] == [6, 7, 8, 9]
+    assert len(traced) == 2
+
+
+def test_without_a_cache_nothing_is_kept(cache):
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert run(program())[0] == [6, 7, 8, 9]
+    assert not cache.exists()
+
+
+def test_arguments_of_another_structure_are_refused():
+    compiled = run(program())[2]
+    with pytest.raises(TypeError, match="another structure"):
+        compiled({"total": STATE["sum"]}, X)
