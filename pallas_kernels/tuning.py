@@ -170,6 +170,22 @@ def down_tiles(shape: Shape) -> DownTiles:
     return DownTiles(tile_k, stages, splits)
 
 
+def gated_down_tiles(down: DownTiles, ranks: int) -> DownTiles:
+    """Returns the sizes of `gated_down`: steps and splits of `down`, and so its sums, if they fit.
+
+    A slot holds gate and up. It is free again once H has left it, so there are as many as fit.
+
+    Args:
+        down: sizes of `down` for H.
+        ranks: of A.
+    """
+    for tile_k in (down.tile_k, 64):
+        stages = (_SMEM_BYTES - 64 * ranks * 8) // ((2 * 64 + ranks) * tile_k * 2) // 2 * 2
+        if stages >= 4:
+            return replace(down, tile_k=tile_k, stages=min(stages, 8))
+    return replace(down, tile_k=64, stages=2)
+
+
 class Pass(NamedTuple):
     """A skinny pass that a product may absorb, at a dropout rate of 0.1.
 

@@ -2,7 +2,8 @@
 
     lorafusion bench layer [--model llama-3.1-8b] [--rows 4 --length 2048] [--parts layer,...]
 
-layer      frozen (forward and dX), naive LoRA, XLA's formula, fused without groups, ours
+layer      frozen (forward and dX), naive LoRA, XLA's formula, fused without groups, fused linears
+           with activations apart, ours
 remat      ours under each rematerialisation policy, with the bytes kept and those predicted
 attention  cuDNN and XLA, with and without the guard that keeps NaN in its sample, both modes
 head       LM head and cross-entropy over two plain products
@@ -147,7 +148,8 @@ def layer_rows(bench: Bench) -> list[dict]:
     kinds: dict[str, str | None] = {"frozen": None}
     if bench.options.adapters == 1:
         kinds["xla_naive"] = "naive"
-    kinds |= {"xla_formula": "xla", "ours_ungrouped": "ungrouped", "ours": "ours"}
+    kinds |= {"xla_formula": "xla", "ours_ungrouped": "ungrouped"}
+    kinds |= {"ours_separate": "separate", "ours": "ours"}
     operands = _layer_operands(bench)
     programs = {name: _layer_program(bench, operands, kind) for name, kind in kinds.items()}
     calls = {name: (program, [arguments]) for name, (program, arguments) in programs.items()}

@@ -1,6 +1,6 @@
 """The fused op on Hopper: `forward` and `backward` as in `spec`, from five kernels.
 
-forward     down (S), base_up (Y)
+forward     down (S), base_up (Y); behind a gated activation gated_down (H, S), base_up (Y)
 backward    grad_up (dS, dB), grad_down (dA), dx (dX)
 
 Raises NotImplementedError, with the reason, for what these kernels cannot run.
@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
+from pallas_kernels.activation import Activation
 from pallas_kernels.lora import da_pass, s_pass
 from pallas_kernels.lora.base_up import base_up, base_up_with_s
 from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
 from pallas_kernels.lora.dx import dx_with_da
+from pallas_kernels.lora.gated_down import gated_down
 from pallas_kernels.lora.gemm import TILE_K
 from pallas_kernels.lora.grad_down import grad_down
 from pallas_kernels.lora.grad_up import grad_up
@@ -33,7 +35,7 @@ from pallas_kernels.lora.spec import (
 )
 from pallas_kernels.segments import TILE_ROWS, Tiles, prepare
 from pallas_kernels.tables import choose
-from pallas_kernels.tuning import Shape
+from pallas_kernels.tuning import Shape, gated_down_tiles
 
 MAX_RANK = 256  # of one projection: one accumulator of `down`
 MAX_RANKS = 1024  # side by side in one launch; groups with more are taken apart
@@ -53,7 +55,7 @@ def _whole_rank(rank: int) -> int:
     return _whole(rank, mgpu.tile_columns() if rank <= _STEP else _STEP)
 
 
-def _tile_columns(x: Array, ws: Weights) -> int:
+def _tile_columns(x: Array | jax.ShapeDtypeStruct, ws: Weights) -> int:
     """The widest tiles that all widths are whole multiples of; the wider, the faster."""
     sizes = [("in", x.shape[1]), *((f"out[{i}]", w.shape[1]) for i, w in enumerate(ws))]
     for tile in _TILES:
@@ -63,7 +65,9 @@ def _tile_columns(x: Array, ws: Weights) -> int:
     raise NotImplementedError(f"{name}={size}: the kernels take multiples of {_TILES[-1]}, and 8")
 
 
-def _tiles_for(x: Array, ws: Weights, a: Stacks, routing: Routing) -> AbstractContextManager[None]:
+def _tiles_for(
+    x: Array | jax.ShapeDtypeStruct, ws: Weights, a: Stacks, routing: Routing
+) -> AbstractContextManager[None]:
     """Chooses tiles for what is traced inside; raises NotImplementedError if none can do this."""
     if not mgpu.targets_hopper():
         raise NotImplementedError("the kernels need a GPU of compute capability 9.0 (H100, H200)")
@@ -156,6 +160,36 @@ def _forward_part(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Til
     return ys, tuple(s[:, :rank] for s in ss)
 
 
+def check(x: Array | jax.ShapeDtypeStruct, ws: Weights, a: Stacks, routing: Routing) -> None:
+    """Raises NotImplementedError, with the reason, if the kernels cannot run on these."""
+    with _tiles_for(x, ws, a, routing):
+        pass
+
+
+def forward_gated(
+    gate: Float[Array, "T K"],
+    up: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    a: Float[Array, "E R K"],
+    b: Float[Array, "E R N"],
+    bias: Float[Array, " N"] | None,
+    routing: Routing,
+    activation: Activation,
+) -> tuple[Float[Array, "T N"], Float[Array, "T K"], Float[Array, "T R"]]:
+    """Returns Y, its input H = activation(gate) * up, and S; see `spec.forward`."""
+    with _tiles_for(gate, (w,), (a,), routing):
+        num_rows, rank = gate.shape[0], a.shape[1]
+        routing = routing._replace(row_key=_padded_rows(routing.row_key))
+        gate, up = _padded_rows(gate), _padded_rows(up)
+        (wide_a,), wide_b = (_operands((stack,), gate.dtype) for stack in (a, b))
+        rows = prepare(*routing)
+        shape = _shape(gate, (w,), (wide_a,))
+        sizes = gated_down_tiles(choose("down", shape), shape.ranks)
+        h, s = gated_down(gate, up, wide_a, rows, activation, sizes)
+        (y,) = base_up(h, (w,), (s,), wide_b, (bias,), rows, choose("base_up", shape))
+        return y[:num_rows], h[:num_rows], s[:num_rows, :rank]
+
+
 def _without_vmap(once: Callable, batched: Callable) -> Callable:
     """Returns `once`, which becomes `batched` under vmap; both take arrays and give the same."""
     run = jax.custom_batching.custom_vmap(once)
@@ -234,4 +268,4 @@ def _shape(x: Array, ws: Weights, a: Stacks) -> Shape:
     return Shape(x.shape[0], x.shape[1], tuple(w.shape[1] for w in ws), a[0].shape[1])
 
 
-__all__ = ["MAX_RANK", "TILE_ROWS", "backward", "forward"]
+__all__ = ["MAX_RANK", "TILE_ROWS", "backward", "check", "forward", "forward_gated"]
