@@ -49,7 +49,7 @@ def gated_down(
     Args:
         gate: pre-activation.
         up: what is gated, in gate's dtype.
-        a: down-projection [slots, rank, in] of the linear that takes H, in gate's dtype; a rank that
+        a: down-projection [slots, rank, in] of the linear that takes H, in gate's dtype; the rank
             is a multiple of 8.
         rows: routing of the rows.
         activation: see `pallas_kernels.activation`.

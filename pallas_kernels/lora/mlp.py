@@ -81,9 +81,7 @@ def _separate(activation: Activation, x, operands: _Operands, implementation):
     """The same with the activation by itself."""
     into, outof = operands.routings
     ws, a, b, biases = operands.linears(_IN)
-    gate, up = fused_multi_lora(
-        x, ws, a, b, *into, biases=biases, implementation=implementation
-    )
+    gate, up = fused_multi_lora(x, ws, a, b, *into, biases=biases, implementation=implementation)
     gate, up = _named(gate, up)
     ws, a, b, biases = operands.linears(_OUT)
     (y,) = fused_multi_lora(

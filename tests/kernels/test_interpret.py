@@ -200,3 +200,67 @@ def test_a_missing_wait_is_caught(broken):
         textwrap.dedent(remove)
         + "\ncheck(tiles=(0,), k=512, ns=(64,), rank=8, rates=(0.1,), scales=(1.0,))"
     )
+
+
+_GATED = """
+    from pallas_kernels.activation import gated
+
+    def check_gated(activation="silu", races=True, nan=(), **shape):
+        p = make_problem(**{"dtype": jnp.bfloat16, "tile_rows": 128} | shape)
+        gate = p.x.at[jnp.asarray(nan, jnp.int32)].set(jnp.nan)
+        up = make_problem(1, **{"dtype": jnp.bfloat16, "tile_rows": 128} | shape).x
+        with _mgpu.interpret(detect_races=races):
+            y, h, s = mosaic_gpu.forward_gated(
+                gate, up, p.ws[0], p.a[0], p.b[0], p.biases[0], p.routing, activation
+            )
+            (want_y,), (want_s,) = mosaic_gpu.forward(
+                gated(gate, up, activation), p.ws, p.a, p.b, p.biases, p.routing
+            )
+        np.testing.assert_array_equal(h, gated(gate, up, activation))
+        live = np.setdiff1d(np.arange(len(h)), nan)
+        np.testing.assert_array_equal(s, want_s)
+        np.testing.assert_array_equal(y[live], want_y[live])
+        assert np.isfinite(np.asarray(s, np.float32)).all()
+"""
+
+
+@pytest.mark.scenario("D4")
+def test_gated_input_gives_the_bits_of_separate_kernels():
+    _passes(
+        _GATED + "    check_gated(tiles=(0,), k=64, ns=(64,), rank=8, rates=(0.25,), scales=(2.0,))"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_input_of_several_adapters_with_nan_in_padding(activation):
+    _passes(
+        _GATED
+        + f"""
+    check_gated(
+        {activation!r}, tiles=(0, -1, 1), k=320, ns=(64,), rank=12, padding=(3, 300), nan=(3, 300),
+        rates=(0.25, 0.0), biased=True,
+    )
+    """
+    )
+
+
+@pytest.mark.slow
+def test_gated_input_of_few_rows_and_narrow_tiles():
+    _passes(
+        _GATED
+        + """
+    check_gated(tiles=(1,), k=1040, ns=(80,), rank=72, tile_rows=77, races=False)
+    """
+    )
+
+
+@pytest.mark.slow
+def test_h_that_is_overwritten_before_it_has_left_is_caught():
+    _is_caught(
+        _GATED
+        + """
+    _mgpu.wait_smem_to_gmem = lambda *args, **kwargs: None
+    check_gated(tiles=(0,), k=2048, ns=(64,), rank=8, rates=(0.25,), scales=(2.0,))
+    """
+    )
