@@ -15,7 +15,7 @@ _PRELUDE = """
     from pallas_kernels import _mgpu, tables
     from pallas_kernels.tuning import GemmTiles, GradDownTiles
     from pallas_kernels.lora import mosaic_gpu, portable, spec
-    from tests.kernels.oracle import errors, make_problem, run, truth
+    from tests.kernels.oracle import errors, make_problem, relative_error, run, truth
 
     def check(races=True, sizes={}, backend=mosaic_gpu, **shape):
         p = make_problem(**{"dtype": jnp.bfloat16, "tile_rows": 128} | shape)
@@ -213,11 +213,10 @@ _GATED = """
             y, h, s = mosaic_gpu.forward_gated(
                 gate, up, p.ws[0], p.a[0], p.b[0], p.biases[0], p.routing, activation
             )
-            (want_y,), (want_s,) = mosaic_gpu.forward(
-                gated(gate, up, activation), p.ws, p.a, p.b, p.biases, p.routing
-            )
-        np.testing.assert_array_equal(h, gated(gate, up, activation))
+            (want_y,), (want_s,) = mosaic_gpu.forward(h, p.ws, p.a, p.b, p.biases, p.routing)
         live = np.setdiff1d(np.arange(len(h)), nan)
+        assert relative_error(h[live], gated(gate, up, activation)[live]) < 1e-4
+        assert np.isnan(np.asarray(h, np.float32)[list(nan)]).all()
         np.testing.assert_array_equal(s, want_s)
         np.testing.assert_array_equal(y[live], want_y[live])
         assert np.isfinite(np.asarray(s, np.float32)).all()

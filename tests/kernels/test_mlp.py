@@ -49,7 +49,6 @@ def test_says_why_the_fused_kernels_cannot():
     ("change", "message"),
     [
         ({"activation": "relu"}, "activation='relu' is unknown"),
-        ({"implementation": "cuda"}, "implementation='cuda' is unknown"),
         ({"ws": 2}, "need gate, up and down"),
         ({"ws": (0, 2, 1)}, "are not the inputs of down"),
         ({"a": (2, 1, 0)}, "do not fit w"),
