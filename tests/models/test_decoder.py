@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lorafusion_jax.lora import linear
 from lorafusion_jax.lora.bank import (
     LoraSpec,
     attach_adapters,
@@ -18,6 +19,7 @@ from lorafusion_jax.lora.bank import (
     write_slot,
 )
 from lorafusion_jax.models import decoder, random_base
+from pallas_kernels import fused_gated_mlp
 from tests.models.tiny import TINY, packed
 from tests.tolerance import assert_bit_equal, assert_error_ratio
 
@@ -138,6 +140,31 @@ def test_remat_stores_less(rng):
         return sum(leaf.size for leaf in leaves if leaf.shape[:1] == (ROWS,))
 
     assert stored("full") < stored("attention") < stored("mlp") < stored("none")
+
+
+@pytest.mark.parametrize("remat", ["none", "mlp"])
+def test_without_a_gpu_a_joined_block_is_the_same_program(monkeypatch, remat):
+    model, bank, lora = adapted(1)
+    graphdef, frozen = split_adapters(model)
+    where, joined = packed(LENGTHS, ROWS), []
+
+    def recorded(*args, **kwargs):
+        joined.append(args)
+        return fused_gated_mlp(*args, **kwargs)
+
+    def lowered() -> str:
+        def loss(a, b):
+            merged = merge_adapters(graphdef, frozen, bank._replace(a=a, b=b))
+            return merged(jnp.zeros(ROWS, jnp.int32), *where, lora, remat=remat).sum()
+
+        jax.clear_caches()  # the layers' trace outlives a switch
+        return jax.jit(jax.grad(loss, (0, 1))).lower(bank.a, bank.b).as_text()
+
+    monkeypatch.setattr(linear, "fused_gated_mlp", recorded)
+    together, count = lowered(), len(joined)
+    monkeypatch.setattr(linear, "fused_gated_mlp", None)
+    assert lowered() == together and count > 0 and len(joined) == count
+    jax.clear_caches()
 
 
 def test_sites_and_groups(monkeypatch):
