@@ -11,28 +11,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels.activation import Activation
+from pallas_kernels.lora.activate import activated
 from pallas_kernels.lora.mask import clear_padding, drop, load_keys, row_mask
 from pallas_kernels.segments import TILE_ROWS, Tiles, read_facts
 from pallas_kernels.tuning import DownTiles
 
 _ROWS = 64  # per block
 _PIECE = 64  # columns that are in registers at a time
-_GELU_CUBIC, _GELU_SCALE = 0.044715, 1.5957691216057308  # twice the root of 2 / pi
-
-
-def activated(value: jax.Array, activation: Activation, layout) -> jax.Array:
-    """Applies an activation to a float32 value in registers; silu gives XLA's bits on a GPU.
-
-    Args:
-        value: in the layout given.
-        activation: which.
-        layout: of value.
-    """
-    if activation == "silu":
-        return mgpu.sigmoid(value, layout) * value
-    # 1 + tanh(u) = 2 sigmoid(2 u): as accurate, and no less so where tanh is close to -1.
-    inner = value * (1 + _GELU_CUBIC * (value * value))
-    return mgpu.sigmoid(_GELU_SCALE * inner, layout) * value
 
 
 @mgpu.traced_once

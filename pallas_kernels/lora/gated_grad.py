@@ -4,11 +4,13 @@
     dS_i = scale * dY_i B_i^T                   dB_i = S_i^T dY_i           (i: gate, up)
 
 Memory bound: `grad_up` would read both gradients again. A block owns a panel of columns of gate and
-up and a stretch of row tiles sorted by adapter, as in `grad_up`, whose sums these are. A step is
-128 rows and 64 columns. Each warpgroup makes the gradients of half of the rows, in the place of
-gate and up in SMEM, from where they go to memory. dS of its rows is its own; dB of gate is that of
+up and a stretch of row tiles sorted by adapter, as in `grad_up`, and sums in the same order. A step
+is 128 rows and 64 columns. Each warpgroup makes the gradients of half of the rows, in the place of
+gate and up in SMEM, from where they go to memory, and dS of these rows. dB of gate is the sum of
 the first warpgroup, and dB of up that of the second.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +20,15 @@ from jaxtyping import Array, Float
 from pallas_kernels import _mgpu as mgpu
 from pallas_kernels import segments
 from pallas_kernels.activation import Activation
-from pallas_kernels.lora.gated_down import activation_and_slope
+from pallas_kernels.lora.activate import gated_gradients
 from pallas_kernels.lora.mask import clear_padding, load_keys, row_mask
-from pallas_kernels.segments import TILE_ROWS, Tiles, read_facts
+from pallas_kernels.segments import TILE_ROWS, Split, Tiles, read_facts
 from pallas_kernels.tuning import GatedGradTiles
 
+MAX_RANK = 32  # of each projection: dS and dB fit into registers
 _COLUMNS = 64  # per step
 _HALF = TILE_ROWS // 2  # rows of a warpgroup
-MAX_RANK = 32  # of each projection: dS of two and dB fit into registers
-
-
-def gradients(gate, up, dh, activation: Activation, layout):
-    """Returns dgate and dup of float32 values in registers; silu in XLA's order of operations."""
-    value, slope = activation_and_slope(gate, activation, layout)
-    wide = dh * up
-    return slope(wide), value * dh
+_BOTH = range(2)  # gate and up
 
 
 @mgpu.traced_once
@@ -45,18 +41,17 @@ def gated_grad(
     rows: Tiles,
     activation: Activation,
     sizes: GatedGradTiles,
-) -> tuple[
-    tuple[Float[Array, "T F"], ...], tuple[Float[Array, "_ T R"], ...], tuple[Array, ...]
-]:
-    """Returns dgate and dup; dS of both as one part per panel of columns, and dB of both, float32.
+) -> tuple[tuple[Array, Array], Float[Array, "2 _ T R"], Float[Array, "2 E R F"]]:
+    """Returns dgate and dup; dS of both, one part per panel of columns to be added; dB of both.
 
-    dgate and dup are those of all rows. dS and dB are as those of `grad_up`.
+    dgate and dup are those of all rows, in gate's dtype. dS and dB are as those of `grad_up`, in
+    float32.
 
     Args:
         gate: pre-activation.
         up: what is gated, in gate's dtype.
         dh: gradient of activation(gate) * up, in gate's dtype.
-        b: up-projections of both [slots, rank, out] in gate's dtype; ranks multiples of 8.
+        b: up-projections of both in gate's dtype; the rank is a multiple of 8, at most 32.
         ss: S of both.
         rows: routing of the rows.
         activation: see `pallas_kernels.activation`.
@@ -67,44 +62,197 @@ def gated_grad(
     length = -(-num_tiles // sizes.splits)
     splits = -(-num_tiles // length)
     panels, steps = -(-width // sizes.panel), sizes.panel // _COLUMNS
-    stages, layout = sizes.stages, mgpu.Layout.WGMMA
+    layout = mgpu.Layout.WGMMA
 
     def body(walk_g, start_g, key_g, gate_g, up_g, dh_g, *rest):
-        (b_gs, st_gs, dy_gs, ds_gs, db_gs), scratch = (
-            [rest[2 * i : 2 * i + 2] for i in range(5)],
-            rest[10:],
+        b_gs, st_gs, dy_gs, (ds_g, db_g) = (rest[2 * i : 2 * i + 2] for i in range(4))
+        step_s, tile_s, (out_s, full, empty, st_full, st_empty, made) = (
+            rest[8:13],
+            rest[13:15],
+            rest[15:],
         )
-        y_s, dh_s, b_s, st_s, ds_s, full, empty, made = scratch
         panel, index = lax.axis_index("panel"), lax.axis_index("split")
-        split = segments.split_bounds(start_g, slots, index, length)
 
-        def halves(buffer):
-            return (mgpu.Window(lambda slot, i=i: buffer.at[slot, i]) for i in range(2))
+        ring = mgpu.Ring(step_s, full, empty, sizes.stages)
+        s_ring = mgpu.Ring(tile_s, st_full, st_empty, 2)
 
-        ring = mgpu.Ring(
-            (*halves(y_s), dh_s, *halves(b_s), *halves(st_s)), full, empty, stages
-        )
+        begin = jnp.minimum(index * length, num_tiles)
+        end = jnp.minimum(begin + length, num_tiles)
+        used = jnp.clip(start_g[slots], begin, end)  # tiles without adapter come last
 
         def columns_of(step):
             return mgpu.pl.ds(panel * sizes.panel + step * _COLUMNS, _COLUMNS)
 
+        def for_each_run(run):
+            """Calls `run(slot, first, last, segment)` for each adapter; tiles without one last."""
+            segments.for_each_run(Split(begin, used, index), walk_g, start_g, slots, run)
+            mgpu.pl.when(used < end)(lambda: run(None, used, end, None))
+
         def memory():
-            def run(slot, first, last, segment):
+            def run(slot, first, last, _):
                 @mgpu.pl.loop(first, last)
                 def _(position):
-                    here = mgpu.pl.ds(read_facts(walk_g, position).tile * TILE_ROWS, TILE_ROWS)
+                    tile = read_facts(walk_g, position).tile
+                    here = mgpu.pl.ds(tile * TILE_ROWS, TILE_ROWS)
+                    s_ring.fill(position - begin, tuple(st_g.at[:, here] for st_g in st_gs))
+                    owner = 0 if slot is None else slot
 
                     @mgpu.pl.loop(0, steps)
                     def _(step):
                         columns = columns_of(step)
-                        ring.fill(
-                            (position - split.first) * steps + step,
-                            (
-                                *(ref.at[here, columns] for ref in (gate_g, up_g, dh_g)),
-                                *(b_g.at[slot, :, columns] for b_g in b_gs),
-                                *(st_g.at[:, here] for st_g in st_gs),
-                            ),
-                        )
+                        inputs = (ref.at[here, columns] for ref in (gate_g, up_g, dh_g))
+                        ups = (b_g.at[owner, :, columns] for b_g in b_gs)
+                        ring.fill((position - begin) * steps + step, (*inputs, *ups))
 
-            segments.for_each_run(split, walk_g, start_g, slots, run)
-            ring.drain((split.last - split.first) * steps)
+            for_each_run(run)
+            s_ring.drain(end - begin)
+            ring.drain((end - begin) * steps)
+
+        def compute(warpgroup):
+            half = mgpu.pl.ds(warpgroup * _HALF, _HALF)
+
+            def make(tiles, dh_tile, tile, step, padding):
+                """Puts the gradients in the place of gate and up, and sends them to memory."""
+                values = (
+                    mgpu.load(ref.at[half, :], layout=layout).astype(jnp.float32)
+                    for ref in (*tiles, dh_tile)
+                )
+                here = mgpu.pl.ds(tile * TILE_ROWS + warpgroup * _HALF, _HALF)
+                dys = gated_gradients(*values, activation, layout)
+                for ref, dy in zip(tiles, dys, strict=True):
+                    ref[half, :] = dy.astype(dtype)
+                mgpu.commit_smem()
+                for ref, dy_g in zip(tiles, dy_gs, strict=True):
+                    mgpu.copy_smem_to_gmem(ref.at[half, :], dy_g.at[here, columns_of(step)])
+
+                if padding is None:
+                    return
+
+                @mgpu.pl.when(padding > 0)
+                def _():
+                    # What has left as it is must not meet other rows.
+                    mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    mask = row_mask(load_keys(key_g.at[here]), jnp.uint32(0), jnp.int32(0))
+                    for ref in tiles:
+                        value = mgpu.load(ref.at[half, :], layout=layout)
+                        ref[half, :] = clear_padding(value, mask)
+                    mgpu.commit_smem()
+
+            def walk_steps(position, facts, use, start):
+                """Makes the gradients of a row tile step by step.
+
+                Calls `carry = use(step, tiles, ups, carry)` after each, if there is one.
+                """
+                first = (position - begin) * steps
+
+                def visit(step, carry):
+                    gate_tile, up_tile, dh_tile, *ups = ring.take(first + step)
+                    tiles = gate_tile, up_tile
+                    padding = None if use is None else facts.padding
+                    make(tiles, dh_tile, facts.tile, step, padding)
+
+                    @mgpu.pl.when(step > 0)
+                    def _():
+                        # The two stores before the last two have been read, and so has dH.
+                        mgpu.wait_smem_to_gmem(2, wait_read_only=True)
+                        ring.release(first + step - 1)
+
+                    if use is None:
+                        return carry
+                    mgpu.barrier_arrive(made)
+                    mgpu.barrier_wait(made)
+                    return use(step, tiles, ups, carry)
+
+                end_state = mgpu.pl.loop(0, steps, init_carry=start)(visit)
+                mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                ring.release(first + steps - 1)
+                return end_state
+
+            def store(value, destination):
+                mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                staged = out_s.at[warpgroup]
+                staged[...] = value
+                mgpu.commit_smem()
+                mgpu.copy_smem_to_gmem(staged, destination)
+
+            def tile_sums(position, facts, db_accs):
+                s_tiles = s_ring.take(position - begin)
+
+                def use(step, tiles, ups, dss):
+                    for at, db_acc in enumerate(db_accs):
+                        for i in _BOTH:
+
+                            @mgpu.pl.when((step == at) & (warpgroup == i))
+                            def _(db_acc=db_acc, i=i):
+                                dy, s = (ref.transpose((1, 0)) for ref in (tiles[i], s_tiles[i]))
+                                mgpu.wgmma(db_acc, dy, s)
+                                mgpu.wgmma_wait(0)
+
+                    def product(accumulator, i):
+                        mgpu.wgmma(accumulator, tiles[i].at[half, :], ups[i].transpose((1, 0)))
+                        mgpu.wgmma_wait(0)
+
+                    shape = (_HALF, rank)
+                    return tuple(
+                        mgpu.accumulate(shape, partial(product, i=i), start=dss[i]) for i in _BOTH
+                    )
+
+                none = mgpu.layout_cast(jnp.zeros((_HALF, rank), jnp.float32), layout)
+                dss = walk_steps(position, facts, use, (none, none))
+                s_ring.release(position - begin)
+                here = mgpu.pl.ds(facts.tile * TILE_ROWS + warpgroup * _HALF, _HALF)
+                for i in _BOTH:
+                    store(dss[i] * facts.factor, ds_g.at[i, panel, here, :])
+
+            def run(slot, first, last, segment):
+                if slot is None:
+
+                    @mgpu.pl.loop(first, last)
+                    def _(position):
+                        s_ring.take(position - begin)
+                        s_ring.release(position - begin)
+                        walk_steps(position, read_facts(walk_g, position), None, ())
+
+                    return
+
+                def products(*db_accs):
+                    @mgpu.pl.loop(first, last)
+                    def _(position):
+                        tile_sums(position, read_facts(walk_g, position), db_accs)
+
+                    return [acc[...] for acc in db_accs]
+
+                dbs = mgpu.accumulate_all([(_COLUMNS, rank)] * steps, products)
+                for step, db in enumerate(dbs):
+                    store(db, db_g.at[warpgroup, segment, columns_of(step), :])
+
+            for_each_run(run)
+            mgpu.wait_smem_to_gmem(0)
+
+        mgpu.warp_specialize(memory, compute)
+
+    missing = num_tiles * TILE_ROWS - num_rows
+    transposed = (jnp.pad(s, ((0, missing), (0, 0))).T for s in ss)
+    dgate, dup, ds, db = mgpu.launch(
+        body,
+        out_type=(
+            *(jax.ShapeDtypeStruct((num_rows, width), dtype) for _ in _BOTH),
+            jax.ShapeDtypeStruct((2, panels, num_rows, rank), jnp.float32),
+            jax.ShapeDtypeStruct((2, splits + slots - 1, width, rank), jnp.float32),
+        ),
+        grid=(panels, splits),
+        grid_names=("panel", "split"),
+        scratch=(
+            *(mgpu.tiles_buffer(sizes.stages, TILE_ROWS, _COLUMNS, dtype) for _ in range(3)),
+            *(mgpu.tiles_buffer(sizes.stages, rank, _COLUMNS, dtype) for _ in _BOTH),
+            *(mgpu.tiles_buffer(2, rank, TILE_ROWS, dtype) for _ in _BOTH),
+            mgpu.tiles_buffer(2, _HALF, rank, jnp.float32),
+            *mgpu.Ring.barriers(sizes.stages, copies=5, consumers=2),
+            *mgpu.Ring.barriers(2, copies=2, consumers=2),
+            mgpu.Barrier(num_arrivals=2),
+        ),
+        name="lora_gated_grad",
+    )(rows.walk, rows.start, rows.row_key, gate, up, dh, *b, *transposed)
+    dbs = [segments.sum_segments(part, rows.start, length) for part in db]
+    return (dgate, dup), ds, jnp.stack(dbs).transpose(0, 1, 3, 2)
+
