@@ -1,8 +1,8 @@
 """The only module that touches Pallas Mosaic GPU: its primitives, a ring of SMEM slots, a launcher.
 
 Mosaic GPU changes often. Kernels import the names below, so that a change of its interface is
-mended here. A "thread" of Mosaic GPU is a warpgroup (128 CUDA threads); every kernel of ours runs
-two compute warpgroups (0 and 1) and one that only moves memory (2).
+mended here (and in `_mgpu_elements`). A "thread" of Mosaic GPU is a warpgroup (128 CUDA threads);
+every kernel of ours runs two compute warpgroups (0 and 1) and one that only moves memory (2).
 """
 
 import contextlib
@@ -287,18 +287,29 @@ class Ring:
             barrier_wait(self.empty.at[self.slot(step)])
 
 
-def warp_specialize(memory: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
-    """Runs `memory` in the memory warpgroup and `compute(index)` in the other two."""
+def warp_specialize(
+    memory: Callable[[], None],
+    compute: Callable[[jax.Array], None],
+    registers: tuple[int, int] = (_MEMORY_REGISTERS, _COMPUTE_REGISTERS),
+) -> None:
+    """Runs `memory` in the memory warpgroup and `compute(index)` in the other two.
+
+    Args:
+        memory: moves data.
+        compute: gets the number of its warpgroup.
+        registers: per thread of `memory` and of `compute`, multiples of 8; one of the former and
+            two of the latter add up to at most 512.
+    """
     warpgroup = lax.axis_index("wg")
 
     @pl.when(warpgroup == MEMORY_WARPGROUP)
     def _():
-        set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        set_max_registers(registers[0], action="decrease")
         memory()
 
     @pl.when(warpgroup < MEMORY_WARPGROUP)
     def _():
-        set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        set_max_registers(registers[1], action="increase")
         compute(warpgroup)
 
 
@@ -335,47 +346,6 @@ def keep_pairs(value: jax.Array, kept: jax.Array, layout) -> jax.Array:
         return FragmentedArray(_registers=registers, _layout=value.layout, _is_signed=None)
 
     return keep(value, kept)  # pyright: ignore[reportCallIssue]
-
-
-# 1 / (1 + exp(-x)) as XLA's compiler writes it for a GPU, so that both give the same bits: exp is
-# that of CUDA's mathematical library, a power of two times one from the special function unit.
-_SIGMOID = """{
-.reg .f32 %a, %b, %c;
-.reg .b32 %m;
-fma.rn.f32 %a, $1, 0fBBBB989D, 0f3F000000;
-cvt.sat.f32.f32 %a, %a;
-mov.f32 %b, 0f4B400001;
-fma.rm.f32 %a, %a, 0f437C0000, %b;
-add.rn.f32 %b, %a, 0fCB40007F;
-neg.f32 %b, %b;
-fma.rn.f32 %b, $1, 0fBFB8AA3B, %b;
-fma.rn.f32 %b, $1, 0fB2A57060, %b;
-mov.b32 %m, %a;
-shl.b32 %m, %m, 23;
-mov.b32 %c, %m;
-ex2.approx.ftz.f32 %b, %b;
-mul.rn.f32 %b, %b, %c;
-add.rn.f32 %b, %b, 0f3F800000;
-rcp.approx.f32 $0, %b;
-}"""
-
-
-def sigmoid(value: jax.Array, layout) -> jax.Array:
-    """Returns 1 / (1 + exp(-value)) of a float32 value in the layout given, in XLA's bits."""
-    if interpreting():
-        return 1 / (1 + lax.exp(-value))
-
-    def of_element(element):
-        return mosaic_utils.inline_ptx(_SIGMOID, element, result_types=ir.F32Type.get())
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(value.shape, value.dtype, layout=layout),
-    )
-    def run(_, value):
-        return value._pointwise(FragmentedArray._lift_fast_instr(of_element))
-
-    return run(value)  # pyright: ignore[reportCallIssue]
 
 
 def accumulate(shape: tuple[int, int], steps: Callable, start=None) -> jax.Array:

@@ -5,20 +5,20 @@ Silu follows XLA's instructions for a GPU one by one, so that both give the same
 
 import jax
 
-from pallas_kernels import _mgpu as mgpu
+from pallas_kernels._mgpu_elements import sigmoid
 from pallas_kernels.activation import Activation
 
 _CUBIC, _SCALE = 0.044715, 1.5957691216057308  # of gelu_tanh; twice the root of 2 / pi
 
 
-def _sigmoid(value: jax.Array, activation: Activation, layout) -> jax.Array:
+def _factor(value: jax.Array, activation: Activation, layout) -> jax.Array:
     """What the activation multiplies its argument by.
 
     For gelu_tanh (1 + tanh(u)) / 2 = sigmoid(2u): no less accurate where tanh is close to -1.
     """
     if activation == "silu":
-        return mgpu.sigmoid(value, layout)
-    return mgpu.sigmoid(_SCALE * (value * (1 + _CUBIC * (value * value))), layout)
+        return sigmoid(value, layout)
+    return sigmoid(_SCALE * (value * (1 + _CUBIC * (value * value))), layout)
 
 
 def activated(value: jax.Array, activation: Activation, layout) -> jax.Array:
@@ -29,7 +29,7 @@ def activated(value: jax.Array, activation: Activation, layout) -> jax.Array:
         activation: see `pallas_kernels.activation`.
         layout: of value.
     """
-    return _sigmoid(value, activation, layout) * value
+    return _factor(value, activation, layout) * value
 
 
 def gated_gradients(
@@ -44,9 +44,9 @@ def gated_gradients(
         activation: see `pallas_kernels.activation`.
         layout: of all three.
     """
-    sigmoid = _sigmoid(gate, activation, layout)
-    wide, slope = dh * up, sigmoid * (1 - sigmoid)
+    factor = _factor(gate, activation, layout)
+    wide, slope = dh * up, factor * (1 - factor)
     inner = wide * gate
     if activation == "gelu_tanh":
         inner = inner * (_SCALE * (1 + 3 * _CUBIC * (gate * gate)))
-    return wide * sigmoid + inner * slope, sigmoid * gate * dh
+    return wide * factor + inner * slope, factor * gate * dh

@@ -27,7 +27,9 @@ from pallas_kernels.tuning import GatedGradTiles
 
 MAX_RANK = 32  # of each projection: dS and dB fit into registers
 _COLUMNS = 64  # per step
+_PIECE = 16  # columns whose gradients are made at a time
 _HALF = TILE_ROWS // 2  # rows of a warpgroup
+_REGISTERS = (72, 216)  # seven copies at a time take more addresses than elsewhere
 _BOTH = range(2)  # gate and up
 
 
@@ -61,7 +63,9 @@ def gated_grad(
     slots, num_tiles = rows.start.shape[0] - 1, rows.walk.shape[0]
     length = -(-num_tiles // sizes.splits)
     splits = -(-num_tiles // length)
-    panels, steps = -(-width // sizes.panel), sizes.panel // _COLUMNS
+    # No step lies outside of the only tile of an array: see `gemm.store_tile`.
+    panel_width = min(sizes.panel, -(-width // _COLUMNS) * _COLUMNS)
+    panels, steps = -(-width // panel_width), panel_width // _COLUMNS
     layout = mgpu.Layout.WGMMA
 
     def body(walk_g, start_g, key_g, gate_g, up_g, dh_g, *rest):
@@ -81,7 +85,7 @@ def gated_grad(
         used = jnp.clip(start_g[slots], begin, end)  # tiles without adapter come last
 
         def columns_of(step):
-            return mgpu.pl.ds(panel * sizes.panel + step * _COLUMNS, _COLUMNS)
+            return mgpu.pl.ds(panel * panel_width + step * _COLUMNS, _COLUMNS)
 
         def for_each_run(run):
             """Calls `run(slot, first, last, segment)` for each adapter; tiles without one last."""
@@ -89,22 +93,19 @@ def gated_grad(
             mgpu.pl.when(used < end)(lambda: run(None, used, end, None))
 
         def memory():
-            def run(slot, first, last, _):
-                @mgpu.pl.loop(first, last)
-                def _(position):
-                    tile = read_facts(walk_g, position).tile
-                    here = mgpu.pl.ds(tile * TILE_ROWS, TILE_ROWS)
-                    s_ring.fill(position - begin, tuple(st_g.at[:, here] for st_g in st_gs))
-                    owner = 0 if slot is None else slot
+            @mgpu.pl.loop(begin, end)
+            def _(position):
+                facts, index = read_facts(walk_g, position), position - begin
+                here, slot = mgpu.pl.ds(facts.tile * TILE_ROWS, TILE_ROWS), facts.adapter
+                s_ring.fill(index, tuple(st_g.at[:, here] for st_g in st_gs))
 
-                    @mgpu.pl.loop(0, steps)
-                    def _(step):
-                        columns = columns_of(step)
-                        inputs = (ref.at[here, columns] for ref in (gate_g, up_g, dh_g))
-                        ups = (b_g.at[owner, :, columns] for b_g in b_gs)
-                        ring.fill((position - begin) * steps + step, (*inputs, *ups))
+                @mgpu.pl.loop(0, steps)
+                def _(step):
+                    columns = columns_of(step)
+                    inputs = (ref.at[here, columns] for ref in (gate_g, up_g, dh_g))
+                    ups = (b_g.at[jnp.maximum(slot, 0), :, columns] for b_g in b_gs)
+                    ring.fill(index * steps + step, (*inputs, *ups))
 
-            for_each_run(run)
             s_ring.drain(end - begin)
             ring.drain((end - begin) * steps)
 
@@ -113,14 +114,16 @@ def gated_grad(
 
             def make(tiles, dh_tile, tile, step, padding):
                 """Puts the gradients in the place of gate and up, and sends them to memory."""
-                values = (
-                    mgpu.load(ref.at[half, :], layout=layout).astype(jnp.float32)
-                    for ref in (*tiles, dh_tile)
-                )
+                values = [mgpu.load(ref.at[half, :], layout=layout) for ref in (*tiles, dh_tile)]
                 here = mgpu.pl.ds(tile * TILE_ROWS + warpgroup * _HALF, _HALF)
-                dys = gated_gradients(*values, activation, layout)
-                for ref, dy in zip(tiles, dys, strict=True):
-                    ref[half, :] = dy.astype(dtype)
+                pieces = []
+                for low in range(0, _COLUMNS, _PIECE):  # all at once would spill registers
+                    cut = (lax.slice(v, (0, low), (_HALF, low + _PIECE)) for v in values)
+                    gate, up, dh = (piece.astype(jnp.float32) for piece in cut)
+                    dys = gated_gradients(gate, up, dh, activation, layout)
+                    pieces.append([dy.astype(dtype) for dy in dys])
+                for ref, parts in zip(tiles, zip(*pieces, strict=True), strict=True):
+                    ref[half, :] = lax.concatenate(parts, 1)
                 mgpu.commit_smem()
                 for ref, dy_g in zip(tiles, dy_gs, strict=True):
                     mgpu.copy_smem_to_gmem(ref.at[half, :], dy_g.at[here, columns_of(step)])
@@ -229,7 +232,7 @@ def gated_grad(
             for_each_run(run)
             mgpu.wait_smem_to_gmem(0)
 
-        mgpu.warp_specialize(memory, compute)
+        mgpu.warp_specialize(memory, compute, _REGISTERS)
 
     missing = num_tiles * TILE_ROWS - num_rows
     transposed = (jnp.pad(s, ((0, missing), (0, 0))).T for s in ss)
@@ -255,4 +258,3 @@ def gated_grad(
     )(rows.walk, rows.start, rows.row_key, gate, up, dh, *b, *transposed)
     dbs = [segments.sum_segments(part, rows.start, length) for part in db]
     return (dgate, dup), ds, jnp.stack(dbs).transpose(0, 1, 3, 2)
-

@@ -13,7 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.activation import ACTIVATIONS, Activation, gated, gated_gradients
+from pallas_kernels.activation import ACTIVATIONS, Activation, gated
 from pallas_kernels.lora import mosaic_gpu
 from pallas_kernels.lora.api import (
     Biases,
@@ -67,9 +67,8 @@ def _mlp_bwd(activation: Activation, residuals, dy):
     into, outof = operands.routings
     ws, a, b, _ = operands.linears(_OUT)
     dh, da_out, db_out = mosaic_gpu.backward(h, ws, a, b, (s,), outof, (dy,))
-    dgate, dup = gated_gradients(gate, up, dh, activation)
     ws, a, b, _ = operands.linears(_IN)
-    dx, da, db = mosaic_gpu.backward(x, ws, a, b, ss, into, (dgate, dup))
+    dx, da, db = mosaic_gpu.backward_gated(x, ws, a, b, ss, into, (gate, up, dh), activation)
     # Frozen weights, biases and routing have no gradient.
     return dx, _Operands(None, (*da, *da_out), (*db, *db_out), None, None)  # pyright: ignore
 

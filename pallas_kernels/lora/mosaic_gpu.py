@@ -1,7 +1,8 @@
 """The fused op on Hopper: `forward` and `backward` as in `spec`, from five kernels.
 
 forward     down (S), base_up (Y); behind a gated activation gated_down (H, S), base_up (Y)
-backward    grad_up (dS, dB), grad_down (dA), dx (dX)
+backward    grad_up (dS, dB), grad_down (dA), dx (dX); before a gated activation gated_grad (the
+            gradients of gate and up, dS, dB) in the place of grad_up
 
 Raises NotImplementedError, with the reason, for what these kernels cannot run.
 """
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
-from pallas_kernels.activation import Activation
-from pallas_kernels.lora import da_pass, s_pass
+from pallas_kernels.activation import Activation, gated_gradients
+from pallas_kernels.lora import da_pass, gated_grad, s_pass
 from pallas_kernels.lora.base_up import base_up, base_up_with_s
 from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
@@ -35,7 +36,7 @@ from pallas_kernels.lora.spec import (
 )
 from pallas_kernels.segments import TILE_ROWS, Tiles, prepare
 from pallas_kernels.tables import choose
-from pallas_kernels.tuning import Shape, gated_down_tiles
+from pallas_kernels.tuning import Shape, gated_down_tiles, gated_grad_tiles
 
 MAX_RANK = 256  # of one projection: one accumulator of `down`
 MAX_RANKS = 1024  # side by side in one launch; groups with more are taken apart
@@ -244,6 +245,13 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     shape = _shape(x, ws, a)
     ss = tuple(jnp.pad(s, ((0, 0), (0, shape.rank - rank))) for s in ss)
     parts, dbs = grad_up(dys, b, ss, rows, choose("grad_up", shape))
+    return _input_gradients(x, ws, a, (parts, dbs), rows, dys, rank)
+
+
+def _input_gradients(x, ws: Weights, a: Stacks, small, rows: Tiles, dys: Outputs, rank: int):
+    """Returns dX, dA and dB, given the parts of dS, and dB: `small`, as `grad_up` returns them."""
+    parts, dbs = small
+    shape = _shape(x, ws, a)
     sizes = choose("dx", shape)
     # Whole steps of dx, and of the pieces that TMA copies: it then fills nothing.
     unused = -shape.ranks % TILE_K
@@ -259,6 +267,46 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     return dx, [da[:, i : i + rank] for i in firsts], [db[:, :rank] for db in dbs]
 
 
+def backward_gated(
+    x: Float[Array, "T K"],
+    ws: Weights,
+    a: Stacks,
+    b: Stacks,
+    ss: Smalls,
+    routing: Routing,
+    gated: tuple[Float[Array, "T F"], Float[Array, "T F"], Float[Array, "T F"]],
+    activation: Activation,
+) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
+    """Returns dX, dA and dB of gate and up, behind which stands a gated activation.
+
+    Args:
+        x: as in `backward`, like the next five.
+        ws: of gate and up.
+        a: of gate and up.
+        b: of gate and up.
+        ss: of gate and up.
+        routing: of the rows.
+        gated: gate, up, and the gradient of activation(gate) * up.
+        activation: see `pallas_kernels.activation`.
+    """
+    num_rows, rank = x.shape[0], a[0].shape[1]
+    with _tiles_for(x, ws, a, routing):
+        if _whole_rank(rank) > gated_grad.MAX_RANK:
+            return _backward(x, ws, a, b, ss, routing, gated_gradients(*gated, activation))
+        routing = routing._replace(row_key=_padded_rows(routing.row_key))
+        x, ss, gated = jax.tree.map(_padded_rows, (x, ss, gated))
+        rows, wide_a, wide_b = prepare(*routing), _operands(a, x.dtype), _operands(b, x.dtype)
+        whole = wide_a[0].shape[1]
+        ss = tuple(jnp.pad(s, ((0, 0), (0, whole - rank))) for s in ss)
+        sizes = gated_grad_tiles(x.shape[0], gated[0].shape[1], whole)
+        dys, ds, db = gated_grad.gated_grad(*gated, wide_b, ss, rows, activation, sizes)
+        small = tuple(ds), tuple(db)
+        dx, das, dbs = _input_gradients(x, ws, wide_a, small, rows, dys, rank)
+        das = tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True))
+        dbs = tuple(grad.astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True))
+        return dx[:num_rows], das, dbs
+
+
 def _can_absorb(shape: Shape, ranks: int) -> bool:
     """Whether products can do a skinny pass; K of one TMA tile would lose its column index."""
     return shape.ranks <= ranks and shape.k > _STEP and shape.k % _STEP == 0
@@ -268,4 +316,12 @@ def _shape(x: Array, ws: Weights, a: Stacks) -> Shape:
     return Shape(x.shape[0], x.shape[1], tuple(w.shape[1] for w in ws), a[0].shape[1])
 
 
-__all__ = ["MAX_RANK", "TILE_ROWS", "backward", "check", "forward", "forward_gated"]
+__all__ = [
+    "MAX_RANK",
+    "TILE_ROWS",
+    "backward",
+    "backward_gated",
+    "check",
+    "forward",
+    "forward_gated",
+]

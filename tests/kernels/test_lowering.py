@@ -42,7 +42,8 @@ def test_lowers_for_hopper(name):
     capability, function, operands = PROGRAMS[name]
     text = _lower(function, operands, capability)
     kernels = PORTABLE if "portable" in name else KERNELS
-    for kernel in (*kernels, *(("lora_gated_down",) if "mlp" in name else ())):
+    fused = ("lora_gated_down", "lora_gated_grad")[: 1 if "rank" in name else 2]
+    for kernel in (*kernels, *(fused if "mlp" in name else ())):
         assert kernel in text or ABSORBED.get(kernel, kernel) in text
 
 
