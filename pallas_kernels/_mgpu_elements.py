@@ -48,3 +48,29 @@ def sigmoid(value: jax.Array, layout) -> jax.Array:
         return value._pointwise(FragmentedArray._lift_fast_instr(of_element))
 
     return run(value)  # pyright: ignore[reportCallIssue]
+
+
+_PRODUCT_SUM = """{
+.reg .f32 %a, %b;
+mul.rn.f32 %a, $1, $2;
+mul.rn.f32 %b, $3, $4;
+add.rn.f32 $0, %a, %b;
+}"""
+
+
+def product_sum(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, layout) -> jax.Array:
+    """Returns a b + c d with each product rounded, as XLA does it; for float32 in one layout."""
+    if interpreting():
+        return a * b + c * d
+
+    def of_elements(*elements):
+        return mosaic_utils.inline_ptx(_PRODUCT_SUM, *elements, result_types=ir.F32Type.get())
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * 4,
+        return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout=layout),
+    )
+    def run(_, a, b, c, d):
+        return a._pointwise(FragmentedArray._lift_fast_instr(of_elements), b, c, d)
+
+    return run(a, b, c, d)  # pyright: ignore[reportCallIssue]

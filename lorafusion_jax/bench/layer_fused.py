@@ -1,7 +1,8 @@
 """Times the kernels that do an element-wise pass and a LoRA pass at once, each alone.
 
 A row's `ms` counts the kernels that read or write an activation of the model, but for the large
-products; what is left out is the same on both sides.
+products; what is left out is the same on both sides. `gated_grad` counts what follows from it as
+well: dA, unless a product absorbs it, and the sums of the parts of dS and dB.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from lorafusion_jax.bench.profile import class_of
 from lorafusion_jax.bench.timing import kernel_times
-from pallas_kernels.activation import gated
+from pallas_kernels.activation import gated, gated_gradients
 from pallas_kernels.lora import mosaic_gpu
 from pallas_kernels.lora.spec import Routing
 
@@ -68,7 +69,31 @@ def _gated_down(bench: "Bench") -> _Pair:
     return _Pair(fused, apart, arguments, 3 * gate.nbytes)
 
 
-_PAIRS: dict[str, Callable[["Bench"], _Pair]] = {"gated_down": _gated_down}
+def _gated_grad(bench: "Bench") -> _Pair:
+    hidden, inner = bench.config.hidden_size, bench.config.intermediate_size
+    gate, up, dh = (bench.normal(bench.tokens, inner) for _ in range(3))
+    x, activation = bench.normal(bench.tokens, hidden), bench.config.activation
+    ws = tuple(bench.normal(hidden, inner, scale=hidden**-0.5) for _ in range(2))
+    a = tuple(_stack(bench, hidden) for _ in range(2))
+    b = tuple(_stack(bench, inner) for _ in range(2))
+    ss = tuple(bench.normal(bench.tokens, bench.options.r) for _ in range(2))
+
+    def fused(x, ws, a, b, ss, routing, given):
+        return mosaic_gpu.backward_gated(x, ws, a, b, ss, routing, given, activation)
+
+    def apart(x, ws, a, b, ss, routing, given):
+        gate, up, dh = given
+        dys = gated_gradients(gate, up, dh, activation)
+        return mosaic_gpu.backward(x, ws, a, b, ss, routing, dys)
+
+    arguments = (x, ws, a, b, ss, _routing(bench), (gate, up, dh))
+    return _Pair(fused, apart, arguments, 5 * gate.nbytes)
+
+
+_PAIRS: dict[str, Callable[["Bench"], _Pair]] = {
+    "gated_down": _gated_down,
+    "gated_grad": _gated_grad,
+}
 
 
 def _passes(times: list[tuple[str, float]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ Silu follows XLA's instructions for a GPU one by one, so that both give the same
 
 import jax
 
-from pallas_kernels._mgpu_elements import sigmoid
+from pallas_kernels._mgpu_elements import product_sum, sigmoid
 from pallas_kernels.activation import Activation
 
 _CUBIC, _SCALE = 0.044715, 1.5957691216057308  # of gelu_tanh; twice the root of 2 / pi
@@ -49,4 +49,4 @@ def gated_gradients(
     inner = wide * gate
     if activation == "gelu_tanh":
         inner = inner * (_SCALE * (1 + 3 * _CUBIC * (gate * gate)))
-    return wide * factor + inner * slope, factor * gate * dh
+    return product_sum(wide, factor, inner, slope, layout), factor * gate * dh

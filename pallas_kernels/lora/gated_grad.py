@@ -22,7 +22,7 @@ from pallas_kernels import segments
 from pallas_kernels.activation import Activation
 from pallas_kernels.lora.activate import gated_gradients
 from pallas_kernels.lora.mask import clear_padding, load_keys, row_mask
-from pallas_kernels.segments import TILE_ROWS, Split, Tiles, read_facts
+from pallas_kernels.segments import TILE_ROWS, Tiles, read_facts
 from pallas_kernels.tuning import GatedGradTiles
 
 MAX_RANK = 32  # of each projection: dS and dB fit into registers
@@ -43,7 +43,7 @@ def gated_grad(
     rows: Tiles,
     activation: Activation,
     sizes: GatedGradTiles,
-) -> tuple[tuple[Array, Array], Float[Array, "2 _ T R"], Float[Array, "2 E R F"]]:
+) -> tuple[tuple[Array, Array], Float[Array, "2 _ T R"], tuple[Float[Array, "E R F"], ...]]:
     """Returns dgate and dup; dS of both, one part per panel of columns to be added; dB of both.
 
     dgate and dup are those of all rows, in gate's dtype. dS and dB are as those of `grad_up`, in
@@ -69,12 +69,9 @@ def gated_grad(
     layout = mgpu.Layout.WGMMA
 
     def body(walk_g, start_g, key_g, gate_g, up_g, dh_g, *rest):
-        b_gs, st_gs, dy_gs, (ds_g, db_g) = (rest[2 * i : 2 * i + 2] for i in range(4))
-        step_s, tile_s, (out_s, full, empty, st_full, st_empty, made) = (
-            rest[8:13],
-            rest[13:15],
-            rest[15:],
-        )
+        b_gs, st_gs, dy_gs = (rest[2 * i : 2 * i + 2] for i in range(3))
+        (ds_g, *db_gs), step_s, tile_s = rest[6:9], rest[9:14], rest[14:16]
+        out_s, full, empty, st_full, st_empty, made = rest[16:]
         panel, index = lax.axis_index("panel"), lax.axis_index("split")
 
         ring = mgpu.Ring(step_s, full, empty, sizes.stages)
@@ -88,8 +85,23 @@ def gated_grad(
             return mgpu.pl.ds(panel * panel_width + step * _COLUMNS, _COLUMNS)
 
         def for_each_run(run):
-            """Calls `run(slot, first, last, segment)` for each adapter; tiles without one last."""
-            segments.for_each_run(Split(begin, used, index), walk_g, start_g, slots, run)
+            """Calls `run(slot, first, last, segment)` for each adapter; tiles without one last.
+
+            One adapter takes the same loop as several: a branch of its own spills registers.
+            """
+            if slots > 1:
+                low, high = (read_facts(walk_g, p).adapter for p in (begin, end - 1))
+                high = jnp.where(high < 0, jnp.int32(slots - 1), high)
+                low = jnp.where(low < 0, jnp.int32(slots), low)
+            else:  # all tiles are those of the adapter, see `segments.prepare`
+                low, high = jnp.int32(0), jnp.int32(0)
+
+            @mgpu.pl.loop(low, high + 1)
+            def _(slot):
+                first = jnp.maximum(begin, start_g[slot])
+                last = jnp.minimum(used, start_g[slot + 1])
+                mgpu.pl.when(first < last)(lambda: run(slot, first, last, index + slot))
+
             mgpu.pl.when(used < end)(lambda: run(None, used, end, None))
 
         def memory():
@@ -226,8 +238,12 @@ def gated_grad(
                     return [acc[...] for acc in db_accs]
 
                 dbs = mgpu.accumulate_all([(_COLUMNS, rank)] * steps, products)
-                for step, db in enumerate(dbs):
-                    store(db, db_g.at[warpgroup, segment, columns_of(step), :])
+                for i in _BOTH:
+
+                    @mgpu.pl.when(warpgroup == i)
+                    def _(i=i):
+                        for step, db in enumerate(dbs):
+                            store(db, db_gs[i].at[segment, columns_of(step), :])
 
             for_each_run(run)
             mgpu.wait_smem_to_gmem(0)
@@ -236,12 +252,12 @@ def gated_grad(
 
     missing = num_tiles * TILE_ROWS - num_rows
     transposed = (jnp.pad(s, ((0, missing), (0, 0))).T for s in ss)
-    dgate, dup, ds, db = mgpu.launch(
+    dgate, dup, ds, *dbs = mgpu.launch(
         body,
         out_type=(
             *(jax.ShapeDtypeStruct((num_rows, width), dtype) for _ in _BOTH),
             jax.ShapeDtypeStruct((2, panels, num_rows, rank), jnp.float32),
-            jax.ShapeDtypeStruct((2, splits + slots - 1, width, rank), jnp.float32),
+            *(jax.ShapeDtypeStruct((splits + slots - 1, width, rank), jnp.float32) for _ in _BOTH),
         ),
         grid=(panels, splits),
         grid_names=("panel", "split"),
@@ -256,5 +272,5 @@ def gated_grad(
         ),
         name="lora_gated_grad",
     )(rows.walk, rows.start, rows.row_key, gate, up, dh, *b, *transposed)
-    dbs = [segments.sum_segments(part, rows.start, length) for part in db]
-    return (dgate, dup), ds, jnp.stack(dbs).transpose(0, 1, 3, 2)
+    dbs = (segments.sum_segments(part, rows.start, length) for part in dbs)
+    return (dgate, dup), ds, tuple(db.transpose(0, 2, 1) for db in dbs)

@@ -299,8 +299,8 @@ def backward_gated(
         whole = wide_a[0].shape[1]
         ss = tuple(jnp.pad(s, ((0, 0), (0, whole - rank))) for s in ss)
         sizes = gated_grad_tiles(x.shape[0], gated[0].shape[1], whole)
-        dys, ds, db = gated_grad.gated_grad(*gated, wide_b, ss, rows, activation, sizes)
-        small = tuple(ds), tuple(db)
+        dys, ds, wide_dbs = gated_grad.gated_grad(*gated, wide_b, ss, rows, activation, sizes)
+        small = tuple(ds), wide_dbs
         dx, das, dbs = _input_gradients(x, ws, wide_a, small, rows, dys, rank)
         das = tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True))
         dbs = tuple(grad.astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True))

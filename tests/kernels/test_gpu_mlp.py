@@ -1,5 +1,6 @@
 """The fused feed-forward block on a Hopper GPU: the bits of separate kernels, always the same."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.lora import mosaic_gpu
+from pallas_kernels.tables import choose
+from pallas_kernels.tuning import Shape, gated_grad_tiles
 from tests.kernels.mlps import block, errors, make_mlp, mlp_truth, run, separate
 from tests.kernels.oracle import fast_truth
 
@@ -23,6 +27,8 @@ SHAPES = {
     "widths in 16s": {"tiles": (1, 0), "k": 144, "inner": 336, "n": 144, "rank": 24},
     "ragged rows": {"tiles": (0,), "k": 320, "inner": 192, "n": 320, "tile_rows": 1001},
     "one tile of columns": {"tiles": (1, 0), "k": 64, "inner": 64, "n": 64, "rank": 8},
+    "rank 32": {"tiles": (0, 2, -1, 1), "k": 256, "inner": 1216, "n": 256, "rank": 32,
+                "rates": (0.1, 0.0, 0.2), "scales": (2.0, 1.0, 0.5), "padding": (7, 300)},
     "few rows": {"tiles": (0,), "k": 128, "inner": 4096, "n": 128, "tile_rows": 24},
     "float16": {
         "tiles": (0, 1), "k": 512, "inner": 768, "n": 512, "rank": 16, "dtype": jnp.float16,
@@ -53,10 +59,26 @@ def _same_bits(one, other):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
+@pytest.fixture
+def sums_as_in_grad_up(monkeypatch):
+    """Panels and splits of `gated_grad` as `grad_up` has them: then all their sums are the same."""
+
+    def sizes(rows, width, rank):
+        chosen = choose("grad_up", Shape(rows, 0, (width, width), rank))
+        ours = gated_grad_tiles(rows, width, rank)
+        return replace(ours, panel=chosen.panel, splits=chosen.splits)
+
+    jax.clear_caches()
+    monkeypatch.setattr(mosaic_gpu, "gated_grad_tiles", sizes)
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.scenario("D1")
+@pytest.mark.usefixtures("sums_as_in_grad_up")
 def test_silu_gives_the_bits_of_separate_kernels(name):
-    """XLA's sigmoid and that of the kernel are the same instructions."""
+    """The kernels do XLA's instructions for silu, and add up as the separate kernels do."""
     p = _problem(**SHAPES[name])
     _same_bits(_compiled(block, p)(), _compiled(separate, p)())
 

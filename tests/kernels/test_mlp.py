@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fused_gated_mlp
-from pallas_kernels.tuning import DownTiles, gated_down_tiles
+from pallas_kernels.tuning import (
+    DownTiles,
+    GatedGradTiles,
+    gated_down_tiles,
+    gated_grad_tiles,
+)
 from tests.kernels import mlps, shipped
 from tests.kernels.mlps import block, errors, make_mlp, mlp_truth, run, separate
 from tests.tolerance import assert_bit_equal
@@ -152,3 +157,20 @@ def test_sizes_fit_into_shared_memory(ranks, tile_k):
     assert used <= 231_424 and sizes.splits == 3
     assert sizes.tile_k in (64, tile_k) and (sizes.stages >= 4 or ranks > 128)
     assert np.gcd(sizes.stages, 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "rank", "panel", "splits"),
+    [(8192, 14336, 16, 448, 4), (8192, 14336, 32, 256, 2), (128, 64, 8, 64, 1)],
+)
+def test_gradients_are_shared_out_evenly(rows, width, rank, panel, splits):
+    sizes = gated_grad_tiles(rows, width, rank)
+    assert (sizes.panel, sizes.splits) == (panel, splits)
+    ring = sizes.stages * (3 * 128 * 64 + 2 * rank * 64) * 2
+    assert ring + 2 * 2 * rank * 128 * 2 + 2 * 64 * rank * 4 <= 231_424 and sizes.stages >= 3
+
+
+@pytest.mark.parametrize("change", [{"panel": 32}, {"panel": 576}, {"stages": 1}, {"splits": 0}])
+def test_impossible_sizes_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        GatedGradTiles(**change)
