@@ -30,6 +30,8 @@ CASES = {  # rows, in, outs, rank, slots
 MLPS = {  # rows, in, inner, rank, slots
     "mlp": (8192, 4096, 14336, 16, 1),
     "mlp, rank 64, 8 adapters": (2048, 4096, 14336, 64, 8),
+    "mlp, 32 ranks": (8192, 4096, 14336, 32, 1),
+    "mlp, 32 ranks, 8 adapters": (1024, 512, 1216, 32, 8),
     "mlp, rank 200": (384, 320, 640, 200, 2),
     "mlp, widths in 16s": (1000, 144, 336, 24, 1),
 }
