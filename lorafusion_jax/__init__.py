@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lorafusion_jax.train.trainer import MultiTrainer as MultiTrainer
     from lorafusion_jax.train.trainer import trainer_from_config as trainer_from_config
     from lorafusion_sched import plan as plan
+    from pallas_kernels import fused_gated_mlp as fused_gated_mlp
     from pallas_kernels import fused_lora as fused_lora
     from pallas_kernels import fused_multi_lora as fused_multi_lora
 
@@ -64,7 +65,7 @@ _HOMES = {
     "lorafusion_jax.train.run_folder": ("open_run",),
     "lorafusion_jax.train.trainer": ("MultiTrainer", "trainer_from_config"),
     "lorafusion_sched": ("plan",),
-    "pallas_kernels": ("fused_lora", "fused_multi_lora"),
+    "pallas_kernels": ("fused_gated_mlp", "fused_lora", "fused_multi_lora"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

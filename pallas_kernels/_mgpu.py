@@ -1,8 +1,8 @@
 """The only module that touches Pallas Mosaic GPU: its primitives, a ring of SMEM slots, a launcher.
 
 Mosaic GPU changes often. Kernels import the names below, so that a change of its interface is
-mended here. A "thread" of Mosaic GPU is a warpgroup (128 CUDA threads); every kernel of ours runs
-two compute warpgroups (0 and 1) and one that only moves memory (2).
+mended here (and in `_mgpu_elements`). A "thread" of Mosaic GPU is a warpgroup (128 CUDA threads);
+every kernel of ours runs two compute warpgroups (0 and 1) and one that only moves memory (2).
 """
 
 import contextlib
@@ -287,18 +287,29 @@ class Ring:
             barrier_wait(self.empty.at[self.slot(step)])
 
 
-def warp_specialize(memory: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
-    """Runs `memory` in the memory warpgroup and `compute(index)` in the other two."""
+def warp_specialize(
+    memory: Callable[[], None],
+    compute: Callable[[jax.Array], None],
+    registers: tuple[int, int] = (_MEMORY_REGISTERS, _COMPUTE_REGISTERS),
+) -> None:
+    """Runs `memory` in the memory warpgroup and `compute(index)` in the other two.
+
+    Args:
+        memory: moves data.
+        compute: gets the number of its warpgroup.
+        registers: per thread of `memory` and of `compute`, multiples of 8; one of the former and
+            two of the latter add up to at most 512.
+    """
     warpgroup = lax.axis_index("wg")
 
     @pl.when(warpgroup == MEMORY_WARPGROUP)
     def _():
-        set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        set_max_registers(registers[0], action="decrease")
         memory()
 
     @pl.when(warpgroup < MEMORY_WARPGROUP)
     def _():
-        set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        set_max_registers(registers[1], action="increase")
         compute(warpgroup)
 
 

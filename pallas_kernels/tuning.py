@@ -131,6 +131,30 @@ class GradDownTiles:
             raise ValueError(f"panel={self.panel}: more than 256 columns of dA spill registers")
 
 
+@dataclass(frozen=True)
+class GatedGradTiles:
+    """Sizes of `gated_grad`.
+
+    Attributes:
+        panel: columns of gate and up that a block owns; dB of both stays in registers.
+        stages: slots of the ring, each 128 x 64 of gate, up and the gradient.
+        splits: parts that the row tiles are divided into over blocks.
+    """
+
+    panel: int = 448
+    stages: int = 3
+    splits: int = 4
+
+    def __post_init__(self):
+        _multiple("panel", self.panel, 64)
+        _multiple("stages", self.stages, 1)
+        _multiple("splits", self.splits, 1)
+        if self.panel > 512:
+            raise ValueError(f"panel={self.panel}: more than 512 columns of dB spill registers")
+        if self.stages < 2:
+            raise ValueError("stages=1: a slot is free again only during the next step")
+
+
 def _splits(blocks: int, tiles: int) -> int:
     """Parts of `tiles` row tiles that fill one wave of multiprocessors with `blocks` columns."""
     return max(1, min(tiles, _SMS // blocks))
@@ -168,6 +192,43 @@ def down_tiles(shape: Shape) -> DownTiles:
     fixed, per_stage = 64 * shape.ranks * 6, (64 + shape.ranks) * tile_k * 2
     stages = min(4, (_SMEM_TARGET - fixed) // per_stage // 2 * 2)
     return DownTiles(tile_k, stages, splits)
+
+
+def gated_down_tiles(down: DownTiles, ranks: int) -> DownTiles:
+    """Returns the sizes of `gated_down`: steps and splits of `down`, and so its sums, if they fit.
+
+    A slot holds gate and up. It is free again once H has left it, so there are as many as fit.
+
+    Args:
+        down: sizes of `down` for H.
+        ranks: of A.
+    """
+    for tile_k in (down.tile_k, 64):
+        stages = (_SMEM_BYTES - 64 * ranks * 8) // ((2 * 64 + ranks) * tile_k * 2) // 2 * 2
+        if stages >= 4:
+            return replace(down, tile_k=tile_k, stages=min(stages, 8))
+    return replace(down, tile_k=64, stages=2)
+
+
+def gated_grad_tiles(rows: int, width: int, rank: int) -> GatedGradTiles:
+    """Returns the sizes of `gated_grad` that give the busiest multiprocessor the least to do.
+
+    Args:
+        rows: of gate and up.
+        width: of each.
+        rank: of each projection's LoRA, at most 32.
+    """
+    tiles, columns, found = -(-rows // _TILE_ROWS), -(-width // 64), []
+    for steps in range(1, min(columns, 8 if rank <= 16 else 4) + 1):
+        panels = -(-columns // steps)
+        splits = max(1, min(tiles, _SMS // panels))
+        length = -(-tiles // splits)
+        work = -(-panels * splits // _SMS) * steps * length
+        found.append((work, -steps, splits))  # wide panels: fewer partial sums of dS
+    _, steps, splits = min(found)
+    per_stage, fixed = 3 * _TILE_ROWS * 128 + 256 * rank, (1024 + 512) * rank
+    stages = min(4, (_SMEM_BYTES - fixed) // per_stage)
+    return GatedGradTiles(64 * -steps, stages, splits)
 
 
 class Pass(NamedTuple):

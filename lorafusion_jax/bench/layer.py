@@ -2,15 +2,20 @@
 
     lorafusion bench layer [--model llama-3.1-8b] [--rows 4 --length 2048] [--parts layer,...]
 
-layer      frozen (forward and dX), naive LoRA, XLA's formula, fused without groups, ours
+layer      frozen (forward and dX), naive LoRA, XLA's formula, fused without groups, fused linears
+           with activations apart, ours
 remat      ours under each rematerialisation policy, with the bytes kept and those predicted
 attention  cuDNN and XLA, with and without the guard that keeps NaN in its sample, both modes
 head       LM head and cross-entropy over two plain products
+fused      each kernel that does an element-wise pass and a LoRA pass at once, alone, over the two
+           that it stands for (by itself: it turns CUDA graphs off, for the GPU's clock per kernel)
 
-Calls take turns; `ratio_to_frozen` is over `frozen` of the same part (for `head`: its products).
+Calls take turns; `ratio_to_frozen` is over `frozen` of the same part (for `head`: its products; for
+`fused`: the separate kernels).
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +24,7 @@ from typing import Any
 from lorafusion_jax.errors import ConfigError
 
 PARTS = ("layer", "remat", "attention", "head")
+ALONE = "fused"
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
@@ -147,7 +153,8 @@ def layer_rows(bench: Bench) -> list[dict]:
     kinds: dict[str, str | None] = {"frozen": None}
     if bench.options.adapters == 1:
         kinds["xla_naive"] = "naive"
-    kinds |= {"xla_formula": "xla", "ours_ungrouped": "ungrouped", "ours": "ours"}
+    kinds |= {"xla_formula": "xla", "ours_ungrouped": "ungrouped"}
+    kinds |= {"ours_separate": "separate", "ours": "ours"}
     operands = _layer_operands(bench)
     programs = {name: _layer_program(bench, operands, kind) for name, kind in kinds.items()}
     calls = {name: (program, [arguments]) for name, (program, arguments) in programs.items()}
@@ -287,14 +294,34 @@ _ROWS: dict[str, Callable[[Bench], list[dict]]] = {
 }
 
 
+def _fused(options: argparse.Namespace) -> int:
+    """The part that goes by itself."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    import jax
+
+    from lorafusion_jax.bench.layer_fused import fused_rows
+    from lorafusion_jax.bench.results import write_results
+
+    if jax.default_backend() != "gpu":
+        raise ConfigError("--parts fused needs a GPU: jax found only " + jax.default_backend())
+    rows = fused_rows(Bench(options))
+    if options.output:
+        write_results("layer_fused", rows, device=options.output.name, root=options.output.parent)
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Runs the benchmark; see the module's help."""
     options = _arguments(arguments)
     parts = options.parts.split(",")
-    if not set(parts) <= set(PARTS):
-        raise ConfigError(f"--parts {options.parts}: expected some of {','.join(PARTS)}")
+    if not (parts == [ALONE] or set(parts) <= set(PARTS)):
+        expected = f"some of {','.join(PARTS)}, or {ALONE} by itself"
+        raise ConfigError(f"--parts {options.parts}: expected {expected}")
     if options.rows > 16 or options.length % options.tile:
         raise ConfigError("expected up to 16 --rows, and a --length that is a multiple of --tile")
+    if parts == [ALONE]:
+        return _fused(options)
     from lorafusion_jax.bench.results import RESULTS, device_name, read_baselines, write_results
 
     rows = []

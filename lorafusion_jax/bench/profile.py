@@ -10,7 +10,7 @@ import jax
 
 CLASSES: dict[str, re.Pattern] = {
     "attention": re.compile(r"fmha|flash|cudnn|sdpa|attention", re.I),
-    "lora": re.compile(r"lora_(down|grad_up|grad_down)", re.I),
+    "lora": re.compile(r"lora_(down|gated_down|gated_grad|grad_up|grad_down)", re.I),
     "fused_gemm": re.compile(r"lora_(base_up|dx)", re.I),
     "gemm": re.compile(r"gemm|nvjet|cutlass|cublas|xmma|dot", re.I),
     "copy": re.compile(r"memcpy|memset|copy", re.I),

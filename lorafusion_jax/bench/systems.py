@@ -47,21 +47,25 @@ LINEARS: dict[str, Callable] = {
     "naive": _naive,
     "xla": partial(fused_multi_lora, implementation="xla"),
     "ungrouped": partial(_one_by_one, fused_multi_lora),
+    "separate": fused_multi_lora,
     "ours": fused_multi_lora,
 }
-"""How LoRA linears are computed: `naive` knows one adapter, the others any number."""
+"""How LoRA linears are computed: `naive` knows one adapter, the others any number.
+
+All but `ours` leave what stands between two linears, such as an activation, to XLA."""
 
 
 @contextmanager
 def lora_linears(kind: str) -> Iterator[None]:
     """Lets the models traced within use another LoRA linear; programs compiled there keep it."""
-    before = linear.fused_multi_lora
+    before = linear.fused_multi_lora, linear.fused_gated_mlp
     jax.clear_caches()  # the layers' traces are shared, and would be those of another kind
     linear.fused_multi_lora = LINEARS[kind]
+    linear.fused_gated_mlp = before[1] if kind == "ours" else None
     try:
         yield
     finally:
-        linear.fused_multi_lora = before
+        linear.fused_multi_lora, linear.fused_gated_mlp = before
         jax.clear_caches()
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels import fused_lora, fused_multi_lora, row_keys
+from pallas_kernels import fused_gated_mlp, fused_lora, fused_multi_lora, row_keys
+from pallas_kernels.activation import Activation
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -143,6 +144,50 @@ def grouped_linear(
     return tuple(
         _plain(*operand) if stack is None else next(fused)
         for operand, stack in zip(operands, stacks, strict=True)
+    )
+
+
+def can_join(linears: Sequence[MultiLoRALinear]) -> bool:
+    """Whether linears can go through one op together with what stands between them.
+
+    Those that carry no adapters, or compute in different dtypes, are called one by one.
+    """
+    dtypes = {(linear.dtype, linear.kernel[...].dtype) for linear in linears}
+    adapted = all(_stacks(linear) is not None for linear in linears)
+    return fused_gated_mlp is not None and adapted and len(dtypes) == 1
+
+
+def joined_mlp(
+    linears: Sequence[MultiLoRALinear],
+    x: Float[Array, "T K"],
+    lora: LoraContext,
+    sites: tuple[Int[Array, ""] | int, Int[Array, ""] | int],
+    activation: Activation,
+) -> Float[Array, "T N"]:
+    """Applies a gated feed-forward block as one op; gate and up are named for remat policies.
+
+    Args:
+        linears: gate, up and down, for which `can_join` holds.
+        x: input of gate and up.
+        lora: routing of the rows.
+        sites: of x and of the input of down, for dropout.
+        activation: of gate.
+
+    Returns:
+        The output of down.
+    """
+    operands = [_operands(linear, x) for linear in linears]
+    stacks = [stack for linear in linears if (stack := _stacks(linear)) is not None]
+    into, outof = (jnp.asarray(site, jnp.uint32).reshape(1) for site in sites)
+    return fused_gated_mlp(
+        operands[0][0],
+        tuple(kernel for _, kernel, _ in operands),
+        tuple(a for a, _ in stacks),
+        tuple(b for _, b in stacks),
+        *lora,
+        (into, outof),
+        activation=activation,
+        biases=tuple(bias for *_, bias in operands),
     )
 
 

@@ -21,9 +21,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lorafusion_jax.lora.linear import LoraContext, MultiLoRALinear, grouped_linear
+from lorafusion_jax.lora.linear import (
+    LoraContext,
+    MultiLoRALinear,
+    can_join,
+    grouped_linear,
+    joined_mlp,
+)
 from lorafusion_jax.models.attention import Segments, attention, cached_attention
-from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.config import Activation, ModelConfig
 from lorafusion_jax.models.fused import gated, rms_norm
 from lorafusion_jax.models.rotary import LayerView, rotary_tables, rotate
 
@@ -166,10 +172,13 @@ class MLP(nnx.Module):
         self.gate_proj = linear(hidden, inner)
         self.up_proj = linear(hidden, inner)
         self.down_proj = linear(inner, hidden)
-        self.activation = config.activation
+        self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "T d"], lora: LoraContext | None, site):
-        gate, up = grouped_linear((self.gate_proj, self.up_proj), x, lora, site + _GATE_UP)
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        if lora is not None and can_join(linears):
+            return joined_mlp(linears, x, lora, (site + _GATE_UP, site + _DOWN), self.activation)
+        gate, up = grouped_linear(linears[:2], x, lora, site + _GATE_UP)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.down_proj(gated(gate, up, self.activation), lora, site + _DOWN)
 

@@ -4,54 +4,14 @@ Differentiated by jax, a gated activation keeps five arrays as large as its inpu
 its input in float32. Here they keep their inputs, which are there anyway, and one number per row.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lorafusion_jax.models.config import Activation
-
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gated(
-    gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], activation: Activation = "silu"
-) -> Float[Array, "*batch F"]:
-    """Computes activation(gate) * up in float32; keeps `gate` and `up` for the backward pass.
-
-    Args:
-        gate: pre-activation.
-        up: what is gated.
-        activation: a name in `ACTIVATIONS`.
-    """
-    return _gated(gate, up, activation)
-
-
-def _gated(gate, up, activation: Activation):
-    acc = jnp.promote_types(gate.dtype, jnp.float32)
-    return (ACTIVATIONS[activation](gate.astype(acc)) * up.astype(acc)).astype(gate.dtype)
-
-
-def _gated_forward(gate, up, activation: Activation):
-    return _gated(gate, up, activation), (gate, up)
-
-
-def _gated_backward(activation: Activation, residuals, dout):
-    gate, up = residuals
-    acc = jnp.promote_types(gate.dtype, jnp.float32)
-    activated, pull = jax.vjp(ACTIVATIONS[activation], gate.astype(acc))
-    dout = dout.astype(acc)
-    (dgate,) = pull(dout * up.astype(acc))
-    return dgate.astype(gate.dtype), (dout * activated).astype(up.dtype)
-
-
-gated.defvjp(_gated_forward, _gated_backward)
+from pallas_kernels.activation import ACTIVATIONS as ACTIVATIONS
+from pallas_kernels.activation import gated as gated
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -126,7 +126,7 @@ def fused_multi_lora(
         ValueError: shapes, dtypes or tiles do not fit together.
         ExceptionGroup: the implementation asked for refused, with its reasons.
     """
-    _check(x, ws, a, b, tile_adapter)
+    check_operands(x, ws, a, b, tile_adapter)
     if biases is None:
         biases = (None,) * len(ws)
     order = _DEFAULT_ORDER if implementation is None else (implementation,)
@@ -134,7 +134,7 @@ def fused_multi_lora(
         if name not in _BACKENDS:
             raise ValueError(f"{implementation=} is unknown: expected one of {sorted(_BACKENDS)}")
     routing = Routing(scale, rate, tile_adapter, row_key, site)
-    _check_routing(routing, x.shape[0], a[0].shape[0])
+    check_routing(routing, x.shape[0], a[0].shape[0])
     return _multi_lora(order, x, ws, a, b, biases, routing)
 
 
@@ -193,7 +193,8 @@ def fused_lora(
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _check_routing(routing: Routing, rows: int, slots: int) -> None:
+def check_routing(routing: Routing, rows: int, slots: int) -> None:
+    """Raises ValueError for a routing that does not fit so many rows and slots."""
     for name, shape in (
         ("scale", (slots,)),
         ("rate", (slots,)),
@@ -210,7 +211,8 @@ def _check_routing(routing: Routing, rows: int, slots: int) -> None:
         raise ValueError(f"tile_adapter.dtype={routing.tile_adapter.dtype}, expected an integer")
 
 
-def _check(x, ws, a, b, tile_adapter) -> None:
+def check_operands(x, ws, a, b, tile_adapter) -> None:
+    """Raises ValueError where shapes, dtypes or tiles do not fit together."""
     if not len(ws) == len(a) == len(b) > 0:
         raise ValueError(
             f"ws, a and b need one entry per projection: got {len(ws)}, {len(a)} and {len(b)}"

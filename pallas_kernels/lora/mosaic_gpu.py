@@ -1,7 +1,8 @@
 """The fused op on Hopper: `forward` and `backward` as in `spec`, from five kernels.
 
-forward     down (S), base_up (Y)
-backward    grad_up (dS, dB), grad_down (dA), dx (dX)
+forward     down (S), base_up (Y); behind a gated activation gated_down (H, S), base_up (Y)
+backward    grad_up (dS, dB), grad_down (dA), dx (dX); before a gated activation gated_grad (the
+            gradients of gate and up, dS, dB) in the place of grad_up
 
 Raises NotImplementedError, with the reason, for what these kernels cannot run.
 """
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mgpu as mgpu
-from pallas_kernels.lora import da_pass, s_pass
+from pallas_kernels.activation import Activation, gated_gradients
+from pallas_kernels.lora import da_pass, gated_grad, s_pass
 from pallas_kernels.lora.base_up import base_up, base_up_with_s
 from pallas_kernels.lora.down import down
 from pallas_kernels.lora.dx import dx as input_gradient
 from pallas_kernels.lora.dx import dx_with_da
+from pallas_kernels.lora.gated_down import gated_down
 from pallas_kernels.lora.gemm import TILE_K
 from pallas_kernels.lora.grad_down import grad_down
 from pallas_kernels.lora.grad_up import grad_up
@@ -33,7 +36,7 @@ from pallas_kernels.lora.spec import (
 )
 from pallas_kernels.segments import TILE_ROWS, Tiles, prepare
 from pallas_kernels.tables import choose
-from pallas_kernels.tuning import Shape
+from pallas_kernels.tuning import Shape, gated_down_tiles, gated_grad_tiles
 
 MAX_RANK = 256  # of one projection: one accumulator of `down`
 MAX_RANKS = 1024  # side by side in one launch; groups with more are taken apart
@@ -54,7 +57,7 @@ def _whole_rank(rank: int) -> int:
     return _whole(rank, mgpu.tile_columns() if rank <= _STEP else _STEP)
 
 
-def _tile_columns(x: Array, ws: Weights) -> int:
+def _tile_columns(x: Array | jax.ShapeDtypeStruct, ws: Weights) -> int:
     """The widest tiles that all widths are whole multiples of; the wider, the faster."""
     sizes = [("in", x.shape[1]), *((f"out[{i}]", w.shape[1]) for i, w in enumerate(ws))]
     for tile in _TILES:
@@ -64,7 +67,9 @@ def _tile_columns(x: Array, ws: Weights) -> int:
     raise NotImplementedError(f"{name}={size}: the kernels take multiples of {_TILES[-1]}, and 8")
 
 
-def _tiles_for(x: Array, ws: Weights, a: Stacks, routing: Routing) -> AbstractContextManager[None]:
+def _tiles_for(
+    x: Array | jax.ShapeDtypeStruct, ws: Weights, a: Stacks, routing: Routing
+) -> AbstractContextManager[None]:
     """Chooses tiles for what is traced inside; raises NotImplementedError if none can do this."""
     if not mgpu.targets_hopper():
         raise NotImplementedError("the kernels need a GPU of compute capability 9.0 (H100, H200)")
@@ -157,6 +162,36 @@ def _forward_part(x: Array, ws: Weights, a: Stacks, b: Stacks, biases, rows: Til
     return ys, tuple(s[:, :rank] for s in ss)
 
 
+def check(x: Array | jax.ShapeDtypeStruct, ws: Weights, a: Stacks, routing: Routing) -> None:
+    """Raises NotImplementedError, with the reason, if the kernels cannot run on these."""
+    with _tiles_for(x, ws, a, routing):
+        pass
+
+
+def forward_gated(
+    gate: Float[Array, "T K"],
+    up: Float[Array, "T K"],
+    w: Float[Array, "K N"],
+    a: Float[Array, "E R K"],
+    b: Float[Array, "E R N"],
+    bias: Float[Array, " N"] | None,
+    routing: Routing,
+    activation: Activation,
+) -> tuple[Float[Array, "T N"], Float[Array, "T K"], Float[Array, "T R"]]:
+    """Returns Y, its input H = activation(gate) * up, and S; see `spec.forward`."""
+    with _tiles_for(gate, (w,), (a,), routing):
+        num_rows, rank = gate.shape[0], a.shape[1]
+        routing = routing._replace(row_key=_padded_rows(routing.row_key))
+        gate, up = _padded_rows(gate), _padded_rows(up)
+        (wide_a,), wide_b = (_operands((stack,), gate.dtype) for stack in (a, b))
+        rows = prepare(*routing)
+        shape = _shape(gate, (w,), (wide_a,))
+        sizes = gated_down_tiles(choose("down", shape), shape.ranks)
+        h, s = gated_down(gate, up, wide_a, rows, activation, sizes)
+        (y,) = base_up(h, (w,), (s,), wide_b, (bias,), rows, choose("base_up", shape))
+        return y[:num_rows], h[:num_rows], s[:num_rows, :rank]
+
+
 def _without_vmap(once: Callable, batched: Callable) -> Callable:
     """Returns `once`, which becomes `batched` under vmap; both take arrays and give the same."""
     run = jax.custom_batching.custom_vmap(once)
@@ -211,6 +246,13 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     shape = _shape(x, ws, a)
     ss = tuple(jnp.pad(s, ((0, 0), (0, shape.rank - rank))) for s in ss)
     parts, dbs = grad_up(dys, b, ss, rows, choose("grad_up", shape))
+    return _input_gradients(x, ws, a, (parts, dbs), rows, dys, rank)
+
+
+def _input_gradients(x, ws: Weights, a: Stacks, small, rows: Tiles, dys: Outputs, rank: int):
+    """Returns dX, dA and dB, given the parts of dS, and dB: `small`, as `grad_up` returns them."""
+    parts, dbs = small
+    shape = _shape(x, ws, a)
     sizes = choose("dx", shape)
     absorb = sizes.absorb and _can_absorb(shape, da_pass.RANKS)
     # Whole steps of dx, and of the pieces that TMA copies: it then fills nothing. That saves dx
@@ -229,6 +271,46 @@ def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles
     return dx, [da[:, i : i + rank] for i in firsts], [db[:, :rank] for db in dbs]
 
 
+def backward_gated(
+    x: Float[Array, "T K"],
+    ws: Weights,
+    a: Stacks,
+    b: Stacks,
+    ss: Smalls,
+    routing: Routing,
+    gated: tuple[Float[Array, "T F"], Float[Array, "T F"], Float[Array, "T F"]],
+    activation: Activation,
+) -> tuple[Float[Array, "T K"], Stacks, Stacks]:
+    """Returns dX, dA and dB of gate and up, behind which stands a gated activation.
+
+    Args:
+        x: as in `backward`, like the next five.
+        ws: of gate and up.
+        a: of gate and up.
+        b: of gate and up.
+        ss: of gate and up.
+        routing: of the rows.
+        gated: gate, up, and the gradient of activation(gate) * up.
+        activation: see `pallas_kernels.activation`.
+    """
+    num_rows, rank = x.shape[0], a[0].shape[1]
+    with _tiles_for(x, ws, a, routing):
+        if _whole_rank(rank) > gated_grad.MAX_RANK:
+            return _backward(x, ws, a, b, ss, routing, gated_gradients(*gated, activation))
+        routing = routing._replace(row_key=_padded_rows(routing.row_key))
+        x, ss, gated = jax.tree.map(_padded_rows, (x, ss, gated))
+        rows, wide_a, wide_b = prepare(*routing), _operands(a, x.dtype), _operands(b, x.dtype)
+        whole = wide_a[0].shape[1]
+        ss = tuple(jnp.pad(s, ((0, 0), (0, whole - rank))) for s in ss)
+        sizes = gated_grad_tiles(x.shape[0], gated[0].shape[1], whole)
+        dys, ds, wide_dbs = gated_grad.gated_grad(*gated, wide_b, ss, rows, activation, sizes)
+        small = tuple(ds), wide_dbs
+        dx, das, dbs = _input_gradients(x, ws, wide_a, small, rows, dys, rank)
+        das = tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True))
+        dbs = tuple(grad.astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True))
+        return dx[:num_rows], das, dbs
+
+
 def _can_absorb(shape: Shape, ranks: int) -> bool:
     """Whether products can do a skinny pass; K of one TMA tile would lose its column index."""
     return shape.ranks <= ranks and shape.k > _STEP and shape.k % _STEP == 0
@@ -238,4 +320,12 @@ def _shape(x: Array, ws: Weights, a: Stacks) -> Shape:
     return Shape(x.shape[0], x.shape[1], tuple(w.shape[1] for w in ws), a[0].shape[1])
 
 
-__all__ = ["MAX_RANK", "TILE_ROWS", "backward", "forward"]
+__all__ = [
+    "MAX_RANK",
+    "TILE_ROWS",
+    "backward",
+    "backward_gated",
+    "check",
+    "forward",
+    "forward_gated",
+]

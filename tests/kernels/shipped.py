@@ -1,12 +1,13 @@
 """The programs that ship, as functions and abstract arguments, to be compiled for a GPU."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 
-from pallas_kernels import _mgpu, tables
+from pallas_kernels import _mgpu, fused_gated_mlp, tables
 from pallas_kernels.lora import mosaic_gpu, portable
 from pallas_kernels.lora.spec import Routing
 from pallas_kernels.tuning import Shape, candidates
@@ -24,6 +25,15 @@ CASES = {  # rows, in, outs, rank, slots
     "grouped, rank 200": (384, 320, (640, 64, 64), 200, 2),
     "few rows": (8, 8, (8,), 1, 1),
     "ragged rows": (1001, 256, (192,), 16, 1),
+}
+
+MLPS = {  # rows, in, inner, rank, slots
+    "mlp": (8192, 4096, 14336, 16, 1),
+    "mlp, rank 64, 8 adapters": (2048, 4096, 14336, 64, 8),
+    "mlp, 32 ranks": (8192, 4096, 14336, 32, 1),
+    "mlp, 32 ranks, 8 adapters": (1024, 512, 1216, 32, 8),
+    "mlp, rank 200": (384, 320, 640, 200, 2),
+    "mlp, widths in 16s": (1000, 144, 336, 24, 1),
 }
 
 # Cases in which a temporary of an activation's size would show.
@@ -55,6 +65,27 @@ def both(x, ws, a, b, ss, routing, dys):
         mosaic_gpu.forward(x, ws, a, b, biases, routing),
         mosaic_gpu.backward(x, ws, a, b, ss, routing, dys),
     )
+
+
+def mlp_arguments(rows, k, inner, rank, slots, dtype=jnp.bfloat16):
+    """Abstract operands of a feed-forward block, and the gradient of its output."""
+    x, ws, a, b, _, routing, _ = arguments(rows, k, (inner, inner), rank, slots, dtype)
+    _, w, a_out, b_out, *_ = arguments(rows, inner, (k,), rank, slots, dtype)
+    return x, ws + w, a + a_out, b + b_out, routing, x
+
+
+def mlp(x, ws, a, b, routing, dy, *, activation="silu"):
+    """Forward and backward of a feed-forward block by the fused kernels."""
+    biases = tuple(jnp.zeros(w.shape[1], x.dtype) for w in ws)
+
+    def block(x, a, b):
+        return fused_gated_mlp(
+            x, ws, a, b, *routing[:4], (routing.site, routing.site + jnp.uint32(1)),
+            biases=biases, activation=activation, implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    y, pull = jax.vjp(block, x, a, b)
+    return y, pull(dy)
 
 
 def with_atomics(*arguments):
@@ -101,6 +132,9 @@ def programs() -> dict[str, tuple]:
     """Compute capability, function and arguments of every program, by name."""
     hopper = _mgpu.HOPPER
     found = {name: (hopper, both, arguments(*case)) for name, case in CASES.items()}
+    found |= {name: (hopper, mlp, mlp_arguments(*case)) for name, case in MLPS.items()}
+    gelu = partial(mlp, activation="gelu_tanh")
+    found["mlp, gelu"] = (hopper, gelu, mlp_arguments(1024, 512, 1024, 16, 2))
     found["float16"] = (hopper, both, arguments(256, 512, (256,), 16, 2, dtype=jnp.float16))
     found["atomic"] = (hopper, with_atomics, arguments(*CASES["grouped, rank 24"]))
     case = (1024, 512, (512,), 16, 2)

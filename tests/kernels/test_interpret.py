@@ -15,7 +15,7 @@ _PRELUDE = """
     from pallas_kernels import _mgpu, tables
     from pallas_kernels.tuning import GemmTiles, GradDownTiles
     from pallas_kernels.lora import mosaic_gpu, portable, spec
-    from tests.kernels.oracle import errors, make_problem, run, truth
+    from tests.kernels.oracle import errors, make_problem, relative_error, run, truth
 
     def check(races=True, sizes={}, backend=mosaic_gpu, **shape):
         p = make_problem(**{"dtype": jnp.bfloat16, "tile_rows": 128} | shape)
@@ -199,4 +199,136 @@ def test_a_missing_wait_is_caught(broken):
     _is_caught(
         textwrap.dedent(remove)
         + "\ncheck(tiles=(0,), k=512, ns=(64,), rank=8, rates=(0.1,), scales=(1.0,))"
+    )
+
+
+_GATED = """
+    from pallas_kernels.activation import gated
+
+    def check_gated(activation="silu", races=True, nan=(), **shape):
+        p = make_problem(**{"dtype": jnp.bfloat16, "tile_rows": 128} | shape)
+        gate = p.x.at[jnp.asarray(nan, jnp.int32)].set(jnp.nan)
+        up = make_problem(1, **{"dtype": jnp.bfloat16, "tile_rows": 128} | shape).x
+        with _mgpu.interpret(detect_races=races):
+            y, h, s = mosaic_gpu.forward_gated(
+                gate, up, p.ws[0], p.a[0], p.b[0], p.biases[0], p.routing, activation
+            )
+            (want_y,), (want_s,) = mosaic_gpu.forward(h, p.ws, p.a, p.b, p.biases, p.routing)
+        live = np.setdiff1d(np.arange(len(h)), nan)
+        assert relative_error(h[live], gated(gate, up, activation)[live]) < 1e-4
+        assert np.isnan(np.asarray(h, np.float32)[list(nan)]).all()
+        np.testing.assert_array_equal(s, want_s)
+        np.testing.assert_array_equal(y[live], want_y[live])
+        assert np.isfinite(np.asarray(s, np.float32)).all()
+"""
+
+
+@pytest.mark.scenario("D4")
+def test_gated_input_gives_the_bits_of_separate_kernels():
+    _passes(
+        _GATED + "    check_gated(tiles=(0,), k=64, ns=(64,), rank=8, rates=(0.25,), scales=(2.0,))"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_input_of_several_adapters_with_nan_in_padding(activation):
+    _passes(
+        _GATED
+        + f"""
+    check_gated(
+        {activation!r}, tiles=(0, -1, 1), k=320, ns=(64,), rank=12, padding=(3, 300), nan=(3, 300),
+        rates=(0.25, 0.0), biased=True,
+    )
+    """
+    )
+
+
+@pytest.mark.slow
+def test_gated_input_of_few_rows_and_narrow_tiles():
+    _passes(
+        _GATED
+        + """
+    check_gated(tiles=(1,), k=1040, ns=(80,), rank=72, tile_rows=77, races=False)
+    """
+    )
+
+
+@pytest.mark.slow
+def test_h_that_is_overwritten_before_it_has_left_is_caught():
+    _is_caught(
+        _GATED
+        + """
+    _mgpu.wait_smem_to_gmem = lambda *args, **kwargs: None
+    check_gated(tiles=(0,), k=2048, ns=(64,), rank=8, rates=(0.25,), scales=(2.0,))
+    """
+    )
+
+
+_GATED_GRAD = """
+    from pallas_kernels.activation import gated_gradients
+    from pallas_kernels.lora.gated_grad import gated_grad
+    from pallas_kernels.lora.grad_up import grad_up
+    from pallas_kernels.segments import prepare
+    from pallas_kernels.tuning import GatedGradTiles, GradUpTiles
+
+    def check_grad(activation="silu", panel=128, splits=2, races=True, nan=(), **shape):
+        shape = {"dtype": jnp.bfloat16, "tile_rows": 128, "k": 64} | shape
+        p, other = make_problem(**shape), make_problem(1, **shape)
+        (dh, up), gate = p.dys, other.dys[0].at[jnp.asarray(nan, jnp.int32)].set(jnp.nan)
+        rows, tiles = gate.shape[0], p.routing.tile_adapter
+        has = np.repeat(np.asarray(tiles) >= 0, rows // len(tiles))
+        live = has & (np.asarray(p.routing.row_key) != 0)
+        b = tuple(v.astype(dh.dtype) for v in p.b)
+        ss = tuple(v[:, : b[0].shape[1]] * live[:, None].astype(v.dtype) for v in other.dys)
+        with _mgpu.interpret(detect_races=races):
+            table, sizes = prepare(*p.routing), (panel, 3, splits)
+            dys, ds, db = gated_grad(
+                gate, up, dh, b, ss, table, activation, GatedGradTiles(*sizes)
+            )
+            want_ds, want_db = grad_up(dys, b, ss, table, GradUpTiles(*sizes))
+        finite = np.setdiff1d(np.arange(rows), nan)
+        for got, want in zip(dys, gated_gradients(gate, up, dh, activation), strict=True):
+            assert relative_error(got[finite], want[finite]) < 1e-4
+        assert np.isnan(np.asarray(dys[0], np.float32)[list(nan)]).all()
+        for i in range(2):  # the interpreter adds up in other orders
+            assert relative_error(db[i], want_db[i]) < 1e-6
+            assert relative_error(ds[i].sum(0)[live], want_ds[i].sum(0)[live]) < 1e-6
+            assert not np.asarray(ds[i].sum(0))[has & ~live].any()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.scenario("D4")
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gradients_of_a_gate_and_of_its_adapters(activation):
+    _passes(
+        _GATED_GRAD
+        + f"""
+    check_grad(
+        {activation!r}, tiles=(0, -1, 1, 0), ns=(320, 320), rank=8, padding=(3, 300), nan=(3, 300)
+    )
+    """
+    )
+
+
+@pytest.mark.slow
+def test_gradients_of_a_gate_without_adapters_and_of_one_adapter():
+    _passes(
+        _GATED_GRAD
+        + """
+    check_grad(tiles=(-1, -1, 1), ns=(64, 64), rank=24, splits=3)
+    check_grad(tiles=(0, -1), ns=(64, 64), rank=8, rates=(0.1,), scales=(2.0,), splits=1)
+    """
+    )
+
+
+@pytest.mark.slow
+def test_gradients_that_are_overwritten_before_they_have_left_are_caught():
+    _is_caught(
+        _GATED_GRAD
+        + """
+    _mgpu.wait_smem_to_gmem = lambda *args, **kwargs: None
+    check_grad(tiles=(0, 0, 0), ns=(128, 128), rank=8, splits=1)
+    """
     )

@@ -18,6 +18,7 @@ QUICK = (
     "ragged rows",
     "widths in 16s",
     "candidates 1",
+    "mlp, gelu",
     "portable 8.6",
     "portable 10.0, rank 200",
 )
@@ -40,7 +41,9 @@ def _lower(function, operands, capability=_mgpu.HOPPER):
 def test_lowers_for_hopper(name):
     capability, function, operands = PROGRAMS[name]
     text = _lower(function, operands, capability)
-    for kernel in PORTABLE if "portable" in name else KERNELS:
+    kernels = PORTABLE if "portable" in name else KERNELS
+    fused = ("lora_gated_down", "lora_gated_grad")[: 1 if "rank" in name else 2]
+    for kernel in (*kernels, *(fused if "mlp" in name else ())):
         assert kernel in text or ABSORBED.get(kernel, kernel) in text
 
 

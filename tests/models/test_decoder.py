@@ -1,6 +1,7 @@
 """The decoder: samples stay apart, policies agree, paths and dropout sites are as promised."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lorafusion_jax.lora import linear
 from lorafusion_jax.lora.bank import (
     LoraSpec,
     attach_adapters,
@@ -18,6 +20,7 @@ from lorafusion_jax.lora.bank import (
     write_slot,
 )
 from lorafusion_jax.models import decoder, random_base
+from pallas_kernels import fused_gated_mlp
 from tests.models.tiny import TINY, packed
 from tests.tolerance import assert_bit_equal, assert_error_ratio
 
@@ -88,10 +91,10 @@ def test_a_sample_is_the_same_wherever_it_lies(split, embeddings):
     )
 
 
-def adapted(num_layers: int):
+def adapted(num_layers: int, targets=("q_proj", "v_proj", "down_proj")):
     """A model, the bank of its two adapters, and the routing of 32 rows."""
     model = random_base(dataclasses.replace(TINY, num_hidden_layers=num_layers)).model
-    paths = [p for p in multi_linears(model) if p.endswith(("q_proj", "v_proj", "down_proj"))]
+    paths = [p for p in multi_linears(model) if p.endswith(targets)]
     bank = attach_adapters(model, paths, 2, 4)
     for slot in range(2):
         bank = write_slot(bank, slot, LoraSpec(r=4, alpha=8, dropout=0.25), slot + 1)
@@ -138,6 +141,32 @@ def test_remat_stores_less(rng):
         return sum(leaf.size for leaf in leaves if leaf.shape[:1] == (ROWS,))
 
     assert stored("full") < stored("attention") < stored("mlp") < stored("none")
+
+
+def test_without_a_gpu_a_joined_block_is_the_same_program(monkeypatch):
+    """To the compiler, which drops where in the source an instruction comes from."""
+    model, bank, lora = adapted(1, targets=("proj",))
+    graphdef, frozen = split_adapters(model)
+    where, joined = packed(LENGTHS, ROWS), []
+
+    def recorded(*args, **kwargs):
+        joined.append(args)
+        return fused_gated_mlp(*args, **kwargs)
+
+    def compiled() -> str:
+        def loss(a, b):
+            merged = merge_adapters(graphdef, frozen, bank._replace(a=a, b=b))
+            return merged(jnp.zeros(ROWS, jnp.int32), *where, lora, remat="mlp").sum()
+
+        jax.clear_caches()  # the layers' trace outlives a switch
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(bank.a, bank.b).compile().as_text()
+        return re.sub(r", metadata=\{[^}]*\}", "", text).split("FileNames")[0]
+
+    monkeypatch.setattr(linear, "fused_gated_mlp", recorded)
+    together, count = compiled(), len(joined)
+    monkeypatch.setattr(linear, "fused_gated_mlp", None)
+    assert compiled() == together and count > 0 and len(joined) == count
+    jax.clear_caches()
 
 
 def test_sites_and_groups(monkeypatch):

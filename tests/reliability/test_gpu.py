@@ -74,9 +74,10 @@ def elsewhere(tmp_path_factory):
 def whole(base, tmp_path_factory, shared_programs):
     """A run for which only our kernels would do: a fall back to XLA is an error."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    ours = partial(linear.fused_multi_lora, implementation="mosaic_gpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "fused_multi_lora", ours)
+        for name in ("fused_multi_lora", "fused_gated_mlp"):
+            ours = partial(getattr(linear, name), implementation="mosaic_gpu")
+            patch.setattr(linear, name, ours)
         trainer(base, output).fit()
     return output
 
