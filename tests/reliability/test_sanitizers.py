@@ -65,6 +65,7 @@ def sanitized():
     yield of
     for process in runs.values():
         process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("tool", [pytest.param(tool, marks=on_gpu) for tool in TOOLS])
