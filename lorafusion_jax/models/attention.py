@@ -5,9 +5,9 @@ bits. An implementation refuses what it cannot do with a reason (NotImplementedE
 one is taken.
 
 A masked product still turns `0 * NaN` into NaN. So what is not finite is zero on the way in, and
-samples that hold any of it are NaN on the way out, forward and backward, whatever the
-implementation: the whole sample is NaN, and no other sample changes by a bit. Padding rows are
-samples of one row.
+samples that hold any of it are NaN on the way out, or flagged to become NaN, forward and backward,
+whatever the implementation: the whole sample is NaN, and no other sample changes by a bit. Padding
+rows are samples of one row.
 """
 
 from collections.abc import Callable
@@ -86,6 +86,32 @@ def attention(
             not positive.
         NotImplementedError: the implementation asked for cannot do this; the reason.
     """
+    out, bad = attention_and_flags(
+        q, k, v, segments,
+        window=window, softcap=softcap, scale=scale, implementation=implementation,
+    )  # fmt: skip
+    return _fill(bad, out, jnp.nan)
+
+
+def attention_and_flags(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T G D"],
+    v: Float[Array, "T G D"],
+    segments: Segments,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    implementation: AttentionImplementation | None = None,
+) -> tuple[Float[Array, "T H D"], Bool[Array, " T"]]:
+    """As `attention`, but leaves it to the caller to make samples NaN that hold such values.
+
+    A layer does that where it adds up its residual stream, for nothing; here it would take a pass
+    over the output, and keep it twice. The gradients of such samples are NaN in any case.
+
+    Returns:
+        The attended values, wrong in some samples, and the rows of those.
+    """
     scoring = _scoring(q, window, softcap, scale)
     if implementation not in (None, *_IMPLEMENTATIONS):
         known = " or ".join(map(repr, _IMPLEMENTATIONS))
@@ -162,7 +188,10 @@ _IMPLEMENTATIONS: dict[AttentionImplementation, Callable] = {"cudnn": _by_cudnn,
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _guarded(what: tuple[Callable, Scoring], q, k, v, segments: Segments):
-    """Runs an implementation that may spread what is not finite, and keeps it in its sample."""
+    """Runs an implementation that may spread what is not finite, and keeps it in its sample.
+
+    Returns the output, and the rows of samples that hold such values.
+    """
     return _guarded_forward(what, q, k, v, segments)[0]
 
 
@@ -172,11 +201,11 @@ def _guarded_forward(what, q, k, v, segments: Segments):
     finite = tuple(_finite_or_zero(x) for x in (q, k, v))
     out, pull = jax.vjp(lambda q, k, v: function(q, k, v, segments, scoring), *finite)
     bad = _samples_with(bad | _nonfinite(out), segments.start)
-    return _fill(bad, out, jnp.nan), (pull, bad, segments)
+    return (out, bad), (pull, bad, segments)
 
 
-def _guarded_backward(what, residuals, dout):
-    pull, bad, segments = residuals
+def _guarded_backward(what, residuals, cotangents):
+    (pull, bad, segments), (dout, _) = residuals, cotangents
     bad = _samples_with(bad | _nonfinite(dout), segments.start)
     gradients = pull(_finite_or_zero(dout))
     return (*(_fill(bad, gradient, jnp.nan) for gradient in gradients), None)

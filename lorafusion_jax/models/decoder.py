@@ -28,7 +28,7 @@ from lorafusion_jax.lora.linear import (
     grouped_linear,
     joined_mlp,
 )
-from lorafusion_jax.models.attention import Segments, attention, cached_attention
+from lorafusion_jax.models.attention import Segments, attention_and_flags, cached_attention
 from lorafusion_jax.models.config import Activation, ModelConfig
 from lorafusion_jax.models.fused import gated, rms_norm
 from lorafusion_jax.models.rotary import LayerView, rotary_tables, rotate
@@ -124,8 +124,10 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, view: LayerView, segments: Segments, lora: LoraContext | None, site):
         q, k, v = self._project(x, view, lora, site)
-        out = self._by_window(view, attention)(q, k, v, segments)
-        return self.o_proj(out.reshape(x.shape[0], -1), lora, site + _O)
+        out, bad = self._by_window(view, attention_and_flags)(q, k, v, segments)
+        added = self.o_proj(out.reshape(x.shape[0], -1), lora, site + _O)
+        # XLA does this where it adds up the residual stream.
+        return added + jnp.where(bad, jnp.nan, 0).astype(added.dtype)[:, None]
 
     def decode(self, x, view: LayerView, cache: KVCache, positions, lora, site):
         """Adds the new tokens to the cache and attends to it."""

@@ -136,7 +136,9 @@ def random_decoder(config: ModelConfig, seed: int, dtype: DTypeLike) -> Decoder:
             word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
             fan_in = slot.shape[-1]
             value = _normal(jax.random.fold_in(root, word), fan_in**-0.5, shape, dtype)
-        slot.variable.set_value(value)
+        # One after the other: the random bits of many at once would scatter the weights over the
+        # device's memory, and leave no room in one piece for the step.
+        slot.variable.set_value(jax.block_until_ready(value))
     return nnx.merge(graphdef, state)
 
 

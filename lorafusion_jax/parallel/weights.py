@@ -1,5 +1,7 @@
 """Frozen weights on the mesh: each layer on its stage, vocabulary split over stages."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -53,13 +55,23 @@ def random_weights(
     root = jax.random.key(seed, impl="threefry2x32")
     stage_key = NamedSharding(mesh, PER_STAGE)
 
-    def normal(number: int, shape: tuple[int, ...], fan_in: int) -> Array:
-        def local() -> Array:
+    @cache
+    def maker(shape: tuple[int, ...], fan_in: int) -> Callable[[Array, Array], Array]:
+        """One program for all tensors of a shape."""
+
+        def local(root: Array, number: Array) -> Array:
             key = jax.random.fold_in(jax.random.fold_in(root, number), jax.lax.axis_index(STAGE))
             return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
-        make = jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=PER_STAGE, check_vma=False)
-        return jax.jit(make, out_shardings=stage_key)()
+        make = jax.shard_map(
+            local, mesh=mesh, in_specs=REPLICATED, out_specs=PER_STAGE, check_vma=False
+        )
+        return jax.jit(make, out_shardings=stage_key)
+
+    def normal(number: int, shape: tuple[int, ...], fan_in: int) -> Array:
+        made = maker(shape, fan_in)(root, jnp.uint32(number))
+        # See `models.weights.random_decoder`.
+        return jax.block_until_ready(made)
 
     layers: list[LayerWeights] = []
     number = 0

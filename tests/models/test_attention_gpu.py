@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.models import attention_cudnn
-from lorafusion_jax.models.attention import Segments, attention
+from lorafusion_jax.models.attention import Demands, Segments, attention
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +60,7 @@ def test_cudnn_agrees_with_xla(model, window):
         assert np.linalg.norm(got - want) < 8e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.scenario("C10")
 @pytest.mark.parametrize("poison", ["other values", "nan"])
 @pytest.mark.parametrize("implementation", ["cudnn", "xla"])
 def test_nothing_leaks_between_samples(implementation, poison):
@@ -89,15 +90,32 @@ def test_xla_repeats_its_bits():
     assert repeats(run, args, segments)
 
 
+def test_two_equal_layers_run_deterministically():
+    """XLA sets the flag of the first of equal calls only, and has no program for the second."""
+    args, segments = inputs(*MODELS["llama"]), where()
+    segments = segments._replace(demands=Demands(deterministic=True))
+
+    def run(q, k, v, dout, segments):
+        def layers(q, k, v):
+            return attention(attention(q, k, v, segments), k, v, segments)
+
+        out, pull = jax.vjp(layers, q, k, v)
+        return (out, *pull(dout))
+
+    step = jax.jit(run).lower(*args, segments).compile(compiler_options=NO_NONDETERMINISM)
+    assert repeats(step, args, segments, times=5)
+
+
 def test_the_note_on_cudnn_is_true():
     """While `REPEATS_ITS_BITS` is True, deterministic runs use cuDNN.
 
     The control is the same call without the flag: it has been seen to differ.
     """
     args, segments = inputs(*MODELS["llama"]), where()
-    flagged = compiled(args, segments, options=NO_NONDETERMINISM, implementation="cudnn")
+    asked = segments._replace(demands=Demands(deterministic=True))
+    flagged = compiled(args, asked, options=NO_NONDETERMINISM, implementation="cudnn")
     plain = compiled(args, segments, implementation="cudnn")
-    found = repeats(flagged, args, segments)
+    found = repeats(flagged, args, asked)
     print(
         f"cudnn repeats its bits: {found} with the flag, {repeats(plain, args, segments)} without"
     )

@@ -185,7 +185,8 @@ def test_sites_and_groups(monkeypatch):
     monkeypatch.setattr(decoder, "grouped_linear", recorded)
     monkeypatch.setattr(decoder.MultiLoRALinear, "__call__", single)
     model, tokens, where = random_base(TINY).model, jnp.zeros(4, jnp.int32), packed([4], 4)
-    monkeypatch.setattr(decoder, "attention", lambda q, k, v, segments, **_: q)
+    flags = jnp.zeros(4, bool)
+    monkeypatch.setattr(decoder, "attention_and_flags", lambda q, k, v, *_, **__: (q, flags))
     with jax.disable_jit():
         model(tokens, *where)
     assert calls == [(3, 0), (1, 1), (2, 2), (1, 3), (3, 8), (1, 9), (2, 10), (1, 11)]

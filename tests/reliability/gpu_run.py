@@ -16,6 +16,7 @@ import lorafusion_jax as lf
 from lorafusion_jax.config import (
     BatchingConfig,
     EvalConfig,
+    ParallelConfig,
     RunTrainConfig,
     SaveConfig,
     TrainConfig,
@@ -70,17 +71,25 @@ def trainer(
     seed: int = 0,
     steps: int = STEPS,
     other: str = "",
+    only: str = "",
+    stages: int = 1,
 ) -> lf.MultiTrainer:
-    """Four jobs with dropout, so many steps each; job `other` has other tokens than usual."""
+    """Four jobs with dropout, so many steps each; job `other` has other tokens than usual.
+
+    With `only`, that job alone is trained; with `stages`, on so many devices.
+    """
     made = lf.MultiTrainer(
         base,
         output=output,
         seed=seed,
         batching=BatchingConfig(tokens_per_microbatch=1024, tile=128),
         train=RunTrainConfig(deterministic=True),
+        parallel=ParallelConfig(stage=stages),
         listener=listener,
     )
     for number, (name, r) in enumerate(RANKS.items()):
+        if only and name != only:
+            continue
         data = dataset(number, 48, 30, 120)
         made.add_job(
             name,

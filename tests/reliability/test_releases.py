@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -67,6 +68,23 @@ def test_losses_are_those_of_the_release(tmp_path):
         assert found[name] == pytest.approx(values, rel=2e-5)
     other = [x * (1 + 1e-4) for x in golden["losses"]["sql"]]  # the twin
     assert found["sql"] != pytest.approx(other, rel=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device")
+@pytest.mark.scenario("B8")
+def test_losses_on_a_gpu_are_those_of_the_release(tmp_path):
+    """In float32 by exact products; sums in another order grow over twenty steps."""
+    golden = json.loads((RELEASES[-1] / "losses.json").read_text())["losses"]
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    make(tmp_path / "run").fit()
+    jax.config.update("jax_default_matmul_precision", before)
+    found = losses(tmp_path / "run")
+    for name, values in golden.items():
+        assert found[name] == pytest.approx(values, rel=2e-4)
+    other = [x * (1 + 1e-3) for x in golden["sql"]]  # the twin
+    assert found["sql"] != pytest.approx(other, rel=2e-4)
 
 
 @pytest.mark.scenario("A9")
