@@ -117,16 +117,22 @@ def _code_of(error: Exception) -> int:
         code = ResourceError.exit_code if error.errno in _DISK_FULL else LoraFusionError.exit_code
         return _explain(f"{error.filename or 'file'}: {error.strerror or error}", code)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return _explain(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'on the host'}\n"
-            "lower batching.tokens_per_microbatch, or set train.remat: full",
-            ResourceError.exit_code,
-        )
+        first = f"out of memory: {str(error).splitlines()[0] if str(error) else 'on the host'}"
+        advice = "lower batching.tokens_per_microbatch, or set train.remat: full"
+        return _explain("\n".join([first, *_memory_now(), advice]), ResourceError.exit_code)
     from lorafusion_sched import PlanError
 
     if isinstance(error, PlanError):
         return _explain(str(error), LoraFusionError.exit_code)
     raise error
+
+
+def _memory_now() -> list[str]:
+    if "jax" not in sys.modules:
+        return []
+    from lorafusion_jax.train.memory import memory_now
+
+    return memory_now()
 
 
 def _explain(message: str, code: int) -> int:

@@ -10,6 +10,7 @@ from lorafusion_jax.errors import ResourceError
 from lorafusion_jax.parallel.processes import Votes
 from lorafusion_jax.train.events import Event, Listener
 from lorafusion_jax.train.loop import Run
+from lorafusion_jax.train.memory import memory_now
 from lorafusion_jax.train.obey import Obedience
 from lorafusion_jax.train.signals import StoppedError, StopSignals
 
@@ -66,8 +67,9 @@ def explained_memory(config: RunConfig) -> Iterator[list[str]]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        first = "out of device memory: " + str(error).splitlines()[0][:300]
         raise ResourceError(
-            "\n".join(["out of device memory: " + str(error).splitlines()[0][:300], *planned, ""])
+            "\n".join([first, *memory_now(), *planned, ""])
             + f"lower batching.tokens_per_microbatch (now {config.batching.tokens_per_microbatch}) "
             f"or raise train.remat (now {config.train.remat}; mlp, attention, then full); the last "
             "checkpoint is intact"

@@ -174,6 +174,17 @@ def device_bytes(*, every: bool = False) -> int | None:
     return min(known) if len(known) == len(found) else None
 
 
+def memory_now() -> list[str]:
+    """Says what of the first device's memory is in use, for messages; nothing where CPUs run."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if not {"bytes_in_use", "bytes_limit"} <= stats.keys():
+        return []
+    line = f"in use {stats['bytes_in_use'] / _GIB:.1f} of {stats['bytes_limit'] / _GIB:.1f} GiB"
+    if stats.get("largest_free_block_bytes"):
+        line += f"; the largest free piece has {stats['largest_free_block_bytes'] / _GIB:.1f} GiB"
+    return [line]
+
+
 def moments_of(optimizers: Iterable[str]) -> int:
     """Returns how many arrays the optimizers in use keep per parameter."""
     return sum(1 if name == "sgd" else 2 for name in set(optimizers))

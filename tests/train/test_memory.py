@@ -22,6 +22,7 @@ from lorafusion_jax.train.memory import (
     choose_remat,
     device_bytes,
     largest_capacity,
+    memory_now,
     moments_of,
     predict,
 )
@@ -185,6 +186,24 @@ def test_a_run_on_one_device_looks_at_that_one(monkeypatch, limits, first, all_o
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     assert device_bytes() == (first and first << 30)
     assert available_everywhere() == (all_of_them and all_of_them << 30)
+
+
+@pytest.mark.parametrize(
+    "stats, said",
+    [
+        (None, []),
+        ({"bytes_in_use": 3 << 30}, []),
+        ({"bytes_in_use": 3 << 30, "bytes_limit": 74 << 30}, ["in use 3.0 of 74.0 GiB"]),
+        (
+            {"bytes_in_use": 3 << 30, "bytes_limit": 74 << 30, "largest_free_block_bytes": 5 << 29},
+            ["in use 3.0 of 74.0 GiB; the largest free piece has 2.5 GiB"],
+        ),
+    ],
+)
+def test_a_message_says_what_is_in_use(monkeypatch, stats, said):
+    device = SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert memory_now() == said
 
 
 def test_counts_what_the_optimizers_keep():
