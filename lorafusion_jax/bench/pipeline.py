@@ -45,6 +45,7 @@ from lorafusion_jax.models.decoder import REMAT_POLICIES, Remat
 from lorafusion_jax.parallel.convert import make_names
 from lorafusion_jax.parallel.layout import even_layout
 from lorafusion_jax.parallel.mesh import make_mesh
+from lorafusion_jax.parallel.order import faster
 from lorafusion_jax.parallel.pipeline import Order, Pipeline, ring_of
 from lorafusion_jax.parallel.processes import is_first, start_processes
 from lorafusion_jax.parallel.residuals import backward_ratio, in_words
@@ -63,7 +64,6 @@ from lorafusion_sched import (
     Job,
     Plan,
     Problem,
-    distance_of,
     plan,
     simulate,
 )
@@ -136,8 +136,9 @@ def make_bench(
     tile: int,
     remat: str,
     dtype: str,
+    frozen: Frozen | None = None,
 ) -> Bench:
-    """Makes an engine with random weights."""
+    """Makes an engine with random weights, or with those of another one of the same mesh."""
     mesh = make_mesh(data, stages, num_layers=config.num_hidden_layers)
     layout = even_layout(config.num_hidden_layers, stages)
     paths = [
@@ -152,7 +153,7 @@ def make_bench(
     residuals, policies = kept_by_stage(remat, step, share)
     model = StageModel(config, width, layout.places, names.places, residuals, policies)
     pipeline = Pipeline(mesh, model, layout.first, order, chunk)
-    frozen = random_weights(config, width, layout, mesh, 0)
+    frozen = frozen or random_weights(config, width, layout, mesh, 0)
     return Bench(pipeline, frozen, adapters, capacity, tile)
 
 
@@ -177,6 +178,29 @@ class RandomSamples:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rng, length = np.random.default_rng(index), self._lengths[index]
         return rng.integers(0, self._vocab, length).astype(np.int32), np.ones(length, np.bool_)
+
+
+def bench_for(
+    arguments: argparse.Namespace,
+    config: ModelConfig,
+    jobs: Sequence[Job],
+    tile: int,
+    frozen: Frozen | None,
+) -> Bench:
+    """Makes the engine for these jobs; with `--order auto` as training does, by our plans."""
+    data, stages, order = arguments.data, arguments.stages, arguments.order
+    problem = partial(Problem, jobs=tuple(jobs), capacities=(arguments.capacity,), tile=tile)
+    if order == "auto":
+
+        def make(**kinds) -> Plan:
+            return plan(problem(**kinds))
+
+        order, _ = faster(make, lambda made: made, data=data, stage=stages)
+    return make_bench(
+        config, data=data, stages=stages, order=order, adapters=len(jobs),
+        capacity=arguments.capacity, tile=tile, remat=arguments.remat,
+        dtype="bfloat16" if jax.default_backend() == "gpu" else "float32", frozen=frozen,
+    )  # fmt: skip
 
 
 def planned(system: str, jobs: Sequence[Job], bench: Bench) -> Plan:
@@ -314,27 +338,17 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
     """Measures everything that was asked for."""
     config = model_shape(arguments.model, arguments.layers)
     tile = arguments.tile or (128 if jax.default_backend() == "gpu" else 16)
-    dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    frozen: Frozen | None = None
     for adapters in arguments.adapters:
-        bench = make_bench(
-            config,
-            data=arguments.data,
-            stages=arguments.stages,
-            order=arguments.order,
-            adapters=adapters,
-            capacity=arguments.capacity,
-            tile=tile,
-            remat=arguments.remat,
-            dtype=dtype,
-        )
-        model = bench.pipeline.model
-        backward = backward_ratio(config, model.remat)
-        if model.residuals == "recompute":
-            backward += 1
         for lengths in arguments.lengths:
             jobs = jobs_of(lengths, arguments.gbs, 0, jobs=adapters, batches=arguments.batches)
             if arguments.shrink != 1:
                 jobs = [_shrunk(job, arguments.shrink) for job in jobs]
+            bench = bench_for(arguments, config, jobs, tile, frozen)
+            frozen, model = bench.frozen, bench.pipeline.model
+            backward = backward_ratio(config, model.remat)
+            if model.residuals == "recompute":
+                backward += 1
             plans = {system: planned(system, jobs, bench) for system in arguments.systems}
             everything = [m for whole in plans.values() for m in whole.microbatches]
             longest = longest_bucket(everything)
@@ -350,8 +364,8 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
                     "adapters": adapters,
                     "gbs": arguments.gbs,
                     "capacity": arguments.capacity,
-                    "order": arguments.order,
-                    "distance": distance_of(arguments.order, arguments.stages),
+                    "order": bench.pipeline.order,
+                    "distance": bench.pipeline.distance,
                     "remat": "recompute"
                     if model.residuals == "recompute"
                     else in_words(model.remat),
@@ -398,7 +412,7 @@ def parser(prog: str, stages: int, model: str) -> argparse.ArgumentParser:
     made.add_argument("--batches", type=int, default=6, help="global batches of each job")
     made.add_argument("--capacity", type=int, default=8192)
     made.add_argument("--tile", type=int)
-    made.add_argument("--order", default="fbh", choices=("fbh", "bfh"))
+    made.add_argument("--order", default="auto", choices=("auto", "fbh", "bfh"))
     made.add_argument("--remat", default="auto", choices=("auto", *REMAT_POLICIES, "recompute"))
     made.add_argument("--shrink", type=float, default=1.0, help="factor of all sample lengths")
     made.add_argument("--quick", action="store_true", help="a tiny model, seconds on CPUs")
@@ -416,8 +430,6 @@ def run(name: str, arguments: argparse.Namespace) -> int:
         arguments.layers = arguments.layers or arguments.stages
         arguments.shrink, arguments.gbs, arguments.batches = 0.015, 4, 3
         arguments.lengths = arguments.lengths[:1] if len(arguments.lengths) == 1 else ["het"]
-    if arguments.stages == 1:
-        arguments.order = "bfh"  # there is nobody to exchange with
     if unknown := set(arguments.systems) - set(SYSTEMS):
         raise ConfigError(f"--systems {unknown.pop()}: expected some of {', '.join(SYSTEMS)}")
     if unknown := set(arguments.lengths) - set(LENGTHS):

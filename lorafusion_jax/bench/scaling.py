@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = pipeline.parser("lorafusion bench scaling", 4, "70b")
     parser.add_argument("--predict", action="store_true", help="simulate instead of training")
     # What is predicted to be fastest for 70B on four GPUs of 80 GB.
-    parser.set_defaults(gbs=16, capacity=4096, order="bfh")
+    parser.set_defaults(gbs=16, capacity=4096)
     given = parser.parse_args(arguments)
     if given.predict:
         from lorafusion_jax.bench.scaling_predict import predict
