@@ -1,7 +1,6 @@
 """`train.deterministic` reaches the attention of every layer and the compiler."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +34,5 @@ def test_reaches_attention_and_compiler(monkeypatch, deterministic):
     state = init_state(bank, ("adamw",))
     jax.eval_shape(partial(train_step, model), state, frozen, batch)
     assert set(asked) == {deterministic}
-    given = []
-    jit = SimpleNamespace(jit=lambda step, **settings: given.append(settings["compiler_options"]))
-    monkeypatch.setattr(programs, "jax", jit)
-    programs.Programs(model, frozen)
-    expected = {"xla_gpu_exclude_nondeterministic_ops": True} if deterministic else None
-    assert given == [expected] * 3
+    options = [program.options for program in programs.programs_of(model).values()]
+    assert options == [programs.REPEATABLE if deterministic else None] * 3

@@ -101,6 +101,13 @@ def test_without_a_cache_nothing_is_kept(cache):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("how", ["compile", "compile_anew"])
+def test_options_reach_the_compiler(how):
+    made = program(options={"no_such_option": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        getattr(made, how)((STATE, X))
+
+
 def test_arguments_of_another_structure_are_refused():
     compiled = run(program())[2]
     with pytest.raises(TypeError, match="another structure"):
