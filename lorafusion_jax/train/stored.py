@@ -26,10 +26,7 @@ import pallas_kernels
 from pallas_kernels import tables
 
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy")
-_SETTINGS = (
-    "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
-    "jax_threefry_partitionable", "jax_numpy_dtype_promotion", "jax_debug_nans",
-)  # fmt: skip
+_UNRELATED = ("jax_compilation_cache_", "jax_persistent_cache_")  # settings of where and when
 # Programs are read by the very versions that wrote them, so what jax promises nothing of is safe.
 _CALLS = ("mosaic_gpu_v2", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
@@ -114,7 +111,10 @@ class Program:
         parts = (
             step.func.__module__, step.func.__qualname__, step.args, step.keywords, structure,
             shapes, device.device_kind, jax.default_backend(), tables.chosen(), _environment(),
-            [getattr(jax.config, name) for name in _SETTINGS],
+            sorted(
+                (name, value) for name, value in jax.config.values.items()
+                if not name.startswith(_UNRELATED)
+            ),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

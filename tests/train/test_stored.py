@@ -58,7 +58,7 @@ def test_the_first_argument_is_donated():
     assert given["sum"].is_deleted()
 
 
-@pytest.mark.parametrize("what", ["static", "shape", "dtype", "sources", "structure"])
+@pytest.mark.parametrize("what", ["static", "shape", "dtype", "sources", "setting", "structure"])
 def test_another_program_is_not_taken(what, monkeypatch, cache):
     run(program())
     args = (STATE, X)
@@ -71,6 +71,10 @@ def test_another_program_is_not_taken(what, monkeypatch, cache):
         args = (STATE, np.zeros(4, np.int32))
     elif what == "sources":
         monkeypatch.setattr(stored, "_environment", lambda: "an edited file")
+    elif what == "setting":
+        with jax.default_matmul_precision("highest"):
+            program().compile(args)
+        args = None
     else:
         args = ({"sum": STATE["sum"], "more": ()}, X)
         with pytest.raises(AssertionError):
