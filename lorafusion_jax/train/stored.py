@@ -4,12 +4,18 @@ jax finds a compiled program by its text. To have that text, a step must be trac
 lowered, in Python: 14 of the 20 seconds of a warm start at 8B. Here the text is found by what it
 depends on: the source files of this project, versions, device, settings, the step's static half,
 and the shapes of its arguments. A file that cannot be read is written anew.
+
+What cannot be told by that is not kept: models with modules or functions of a user's own. Whoever
+replaces functions of this project while it runs calls `Program.compile_anew`.
 """
 
 import functools
 import hashlib
 import importlib.metadata
+import io
 import os
+import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +31,11 @@ import lorafusion_sched
 import pallas_kernels
 from pallas_kernels import tables
 
+_OURS = (lorafusion_jax, lorafusion_sched, pallas_kernels)
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy")
+_KNOWN = frozenset(
+    (*(package.__name__ for package in _OURS), *_VERSIONS_OF, "ml_dtypes", *sys.stdlib_module_names)
+)
 _UNRELATED = ("jax_compilation_cache_", "jax_persistent_cache_")  # settings of where and when
 # Programs are read by the very versions that wrote them, so what jax promises nothing of is safe.
 _CALLS = ("mosaic_gpu_v2", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -69,7 +79,7 @@ class Program:
             The program, for arguments of the same structure.
         """
         folder = jax.config.jax_compilation_cache_dir
-        if folder and jax.config.jax_enable_compilation_cache:
+        if folder and jax.config.jax_enable_compilation_cache and _is_known(self.step):
             try:
                 return self._compile_stored(args, Path(folder) / "lowered")
             except (ValueError, NotImplementedError, OSError):
@@ -142,12 +152,35 @@ class _OfLeaves:
 def _environment() -> str:
     """Versions, and a digest of every source file that a program may come from."""
     digest = hashlib.sha256()
-    for package in (lorafusion_jax, lorafusion_sched, pallas_kernels):
+    for package in _OURS:
         root = Path(str(package.__file__)).parent
         for path in sorted([*root.rglob("*.py"), *root.rglob("*.json")]):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _VERSIONS_OF]
     return f"{digest.hexdigest()} {versions}"
+
+
+class _Names(pickle.Pickler):
+    """Collects the modules of all classes and functions in what it is given."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO())
+        self.found: set[str] = set()
+
+    def reducer_override(self, obj):
+        if isinstance(obj, type) or hasattr(obj, "__qualname__"):
+            self.found.add((obj.__module__ or "").partition(".")[0])
+        return NotImplemented
+
+
+def _is_known(step: Callable[..., Any]) -> bool:
+    """Whether all code that a step's static arguments name is in what `_environment` describes."""
+    names = _Names()
+    try:
+        names.dump(step)
+    except (pickle.PicklingError, AttributeError, TypeError):  # lambdas, functions in functions
+        return False
+    return names.found <= _KNOWN
 
 
 def _read(path: Path) -> "jax.export.Exported | None":

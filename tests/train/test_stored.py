@@ -9,6 +9,7 @@ import pytest
 
 from lorafusion_jax.train import stored
 from lorafusion_jax.train.stored import Program
+from tests.train import tiny
 
 
 def step(factor, state, x):
@@ -27,8 +28,9 @@ def program(factor=3.0, **changes):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path):
-    """Keeps programs in a folder of the test's own."""
+def cache(tmp_path, monkeypatch):
+    """Keeps programs in a folder of the test's own; the step above counts as ours."""
+    monkeypatch.setattr(stored, "_KNOWN", stored._KNOWN | {"tests"})
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
     before = [getattr(jax.config, name) for name in names]
     for name, value in zip(names, (str(tmp_path), True), strict=True):
@@ -103,6 +105,21 @@ def test_without_a_cache_nothing_is_kept(cache):
     jax.config.update("jax_enable_compilation_cache", False)
     assert run(program())[0] == [6, 7, 8, 9]
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("other", [pytest.Item, lambda: None], ids=["class", "function"])
+def test_programs_with_code_of_others_are_not_kept(other, cache):
+    """Its source is in no digest."""
+    made = Program(partial(lambda _, *args: step(3.0, *args), other), program().like, True)
+    assert not stored._is_known(partial(step, other)) and stored._is_known(partial(step, 3.0))
+    assert run(made)[0] == [6, 7, 8, 9]
+    assert not cache.exists()
+
+
+def test_the_programs_of_training_are_kept(cache):
+    """Everything that a model's static half names counts as known."""
+    programs, _ = tiny._programs(1, jnp.float32)
+    assert all(stored._is_known(made.step) for made in programs._steps.values())
 
 
 @pytest.mark.parametrize("how", ["compile", "compile_anew"])
