@@ -9,6 +9,7 @@ What cannot be told by that is not kept: models with modules or functions of a u
 replaces functions of this project while it runs calls `Program.compile_anew`.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -79,10 +80,12 @@ class Program:
             The program, for arguments of the same structure.
         """
         folder = jax.config.jax_compilation_cache_dir
-        if folder and jax.config.jax_enable_compilation_cache and _is_known(self.step):
+        # jax also takes addresses of buckets, which are no paths.
+        usable = folder and "://" not in folder and jax.config.jax_enable_compilation_cache
+        if usable and _is_known(self.step):
             try:
                 return self._compile_stored(args, Path(folder) / "lowered")
-            except (ValueError, NotImplementedError, OSError):
+            except (ValueError, NotImplementedError, OSError, ImportError):
                 pass  # jax.export does not take every program
         return self.compile_anew(args)
 
@@ -110,7 +113,9 @@ class Program:
         if exported is None:
             checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
             exported = jax.export.export(jax.jit(on_leaves), disabled_checks=checks)(*shapes)
-            _write(path, exported.serialize())
+            text = exported.serialize()
+            with contextlib.suppress(OSError):  # a full disk, a folder that others wrote
+                _write(path, text)
         donated = range(len(jax.tree.leaves(args[0])) if self.donate else 0)
         compiled = self._jit(exported.call, donate_argnums=tuple(donated)).lower(*shapes).compile()
         return _OfLeaves(compiled, structure, results)
@@ -199,5 +204,10 @@ def _write(path: Path, text: bytearray) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(hashlib.sha256(text).digest() + text)
-    os.replace(file.name, path)
+        try:
+            file.write(hashlib.sha256(text).digest() + text)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise

@@ -1,6 +1,7 @@
 """Programs kept on disk: the same results, found again, and never those of something else."""
 
 from functools import partial
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,20 @@ def test_options_reach_the_compiler(how):
     made = program(options={"no_such_option": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         getattr(made, how)((STATE, X))
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing(monkeypatch, cache):
+    monkeypatch.setattr(stored.os, "replace", Mock(side_effect=PermissionError))
+    assert run(program())[0] == [6, 7, 8, 9]
+    assert len(traced) == 1 and not list(cache.iterdir())
+
+
+def test_a_bucket_is_no_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Program, "_compile_stored", Mock(side_effect=AssertionError))
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
+    monkeypatch.setattr(Program, "compile_anew", lambda *_: "anew")
+    assert program().compile((STATE, X)) == "anew"
 
 
 def test_arguments_of_another_structure_are_refused():
