@@ -55,10 +55,11 @@ def truth(base, tmp_path_factory):
     wide = jax.tree.map(lambda x: x.astype(np.float32), state)
     exact = Base(nnx.merge(graphdef, wide), base.config, "", "random", None)
     folder, before = tmp_path_factory.mktemp("truth"), jax.config.jax_default_matmul_precision
-    jax.config.update("jax_default_matmul_precision", "highest")
-    found = {name: adapter(trained(exact, folder / name, only=name), name) for name in COMPARED}
-    jax.config.update("jax_default_matmul_precision", before)
-    return found
+    jax.config.update("jax_default_matmul_precision", "highest")  # in the compiler's threads too
+    try:
+        return {name: adapter(trained(exact, folder / name, only=name), name) for name in COMPARED}
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
 
 
 @pytest.mark.scenario("C1")

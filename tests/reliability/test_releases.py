@@ -78,8 +78,10 @@ def test_losses_on_a_gpu_are_those_of_the_release(tmp_path):
     golden = json.loads((RELEASES[-1] / "losses.json").read_text())["losses"]
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", "highest")
-    make(tmp_path / "run").fit()
-    jax.config.update("jax_default_matmul_precision", before)
+    try:
+        make(tmp_path / "run").fit()
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
     found = losses(tmp_path / "run")
     for name, values in golden.items():
         assert found[name] == pytest.approx(values, rel=2e-4)
