@@ -50,9 +50,12 @@ def real_rows(results):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("window", [None, 256])
-def test_cudnn_agrees_with_xla(model, window):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_agrees_with_xla(model, window, deterministic):
+    """Deterministic gradients are those of a call of our own."""
     args, segments = inputs(*MODELS[model]), where()
-    ours = compiled(args, segments, implementation="cudnn", window=window)(*args, segments)
+    asked = segments._replace(demands=Demands(deterministic=deterministic))
+    ours = compiled(args, asked, implementation="cudnn", window=window)(*args, asked)
     wide = tuple(x.astype(jnp.float32) for x in args)
     with jax.default_matmul_precision("highest"):
         truth = compiled(wide, segments, implementation="xla", window=window)(*wide, segments)
