@@ -210,3 +210,26 @@ def test_lowers_for_cuda(on_hopper, monkeypatch, heads, width, window):
     assert "__cudnn$fmhaSoftmaxBackward" in text and "PADDING_CAUSAL" in text
     assert f"\\22sliding_window_length\\22: {window or 0}" in text
     assert "\\22max_seg_per_batch\\22: 16" in text
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_a_deterministic_call_differs_by_the_flag_alone(on_hopper, window):
+    """Or jax has changed its own call since ours was written after it."""
+    q, k, where = shapes()
+    flag = ", \\22force_deterministic\\22: true"
+
+    def lowered(deterministic: bool) -> str:
+        segments = where._replace(demands=Demands(deterministic=deterministic))
+
+        def run(q, k, v, dout, segments):
+            return jax.vjp(partial(attention, segments=segments, window=window), q, k, v)[1](dout)
+
+        traced = jax.jit(run).trace(q, k, k, q, segments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def calls(text: str) -> list[str]:
+        return [line.split("custom_call")[1] for line in text.splitlines() if "__cudnn" in line]
+
+    plain, repeatable = lowered(False), lowered(True)
+    assert repeatable.count(flag) == 1 and flag not in plain
+    assert calls(repeatable.replace(flag, "")) == calls(plain) and len(calls(plain)) == 2
