@@ -27,7 +27,7 @@ class _Job(NamedTuple):
     steps: dict[str, int]
 
 
-# On two CPU cores a job affords about 12k padded tokens; rows have 15 to 45.
+# On two CPU cores a job affords about 6k tokens; rows have 15 to 45.
 _JOBS = {
     "translate": _Job(16, 32, 0.05, 1e-3, "cosine", 16, {"cpu": 16, "gpu": 300}),
     "emoji": _Job(8, 16, 0.0, 2e-3, "linear", 16, {"cpu": 16, "gpu": 300}),
