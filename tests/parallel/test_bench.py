@@ -15,7 +15,7 @@ from lorafusion_jax.parallel.state import state_specs
 @pytest.mark.parametrize(
     ("stages", "data"),
     [
-        (2, 1),
+        pytest.param(2, 1, marks=pytest.mark.slow),
         pytest.param(4, 1, marks=pytest.mark.slow),
         pytest.param(4, 2, marks=pytest.mark.slow),
     ],
