@@ -367,6 +367,28 @@ def accumulate(shape: tuple[int, int], steps: Callable, start=None) -> jax.Array
     return pl.run_state(steps)(ACC.init(start))  # pyright: ignore[reportReturnType]
 
 
+def join(warpgroup, part: jax.Array, buffer, arrived, finish: Callable) -> None:
+    """Adds up what two warpgroups have: the first one runs `finish(sum)`.
+
+    Args:
+        warpgroup: index of this one.
+        part: what it has, an accumulator's value.
+        buffer: of its shape, float32, in SMEM.
+        arrived: a barrier that the other one arrives at.
+        finish: takes the sum.
+    """
+
+    @pl.when(warpgroup == 1)
+    def _():
+        buffer[...] = part
+        barrier_arrive(arrived)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        barrier_wait(arrived)
+        finish(part + load(buffer, layout=Layout.WGMMA))
+
+
 def accumulate_all(shapes: Sequence[tuple[int, int]], steps: Callable) -> list[jax.Array]:
     """Runs `steps(*accumulators)` on zeroed float32 accumulators; returns what it returns."""
     return pl.run_scoped(steps, *(ACC(shape, jnp.float32) for shape in shapes))

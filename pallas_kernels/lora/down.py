@@ -94,17 +94,7 @@ def down(
 
         def compute(warpgroup):
             part = mgpu.accumulate((_ROWS, rank), lambda acc: products(warpgroup, acc))
-
-            @mgpu.pl.when(warpgroup == 1)
-            def _():
-                sum_s[...] = part
-                mgpu.barrier_arrive(summed)
-
-            @mgpu.pl.when(warpgroup == 0)
-            def _():
-                mgpu.barrier_wait(summed)
-                other = mgpu.load(sum_s, layout=mgpu.Layout.WGMMA)
-                store((part + other) * facts.factor)
+            mgpu.join(warpgroup, part, sum_s, summed, lambda total: store(total * facts.factor))
 
         mgpu.warp_specialize(memory, compute)
 

@@ -124,18 +124,7 @@ def gated_down(
 
         def compute(warpgroup):
             part = mgpu.accumulate((_ROWS, rank), lambda acc: products(warpgroup, acc))
-
-            @mgpu.pl.when(warpgroup == 1)
-            def _():
-                sum_s[...] = part
-                mgpu.barrier_arrive(summed)
-
-            @mgpu.pl.when(warpgroup == 0)
-            def _():
-                mgpu.barrier_wait(summed)
-                other = mgpu.load(sum_s, layout=layout)
-                store_s((part + other) * facts.factor)
-
+            mgpu.join(warpgroup, part, sum_s, summed, lambda total: store_s(total * facts.factor))
             mgpu.wait_smem_to_gmem(0)
 
         mgpu.warp_specialize(memory, compute)

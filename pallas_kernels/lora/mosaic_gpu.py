@@ -8,7 +8,7 @@ Raises NotImplementedError, with the reason, for what these kernels cannot run.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import jax
@@ -235,9 +235,11 @@ def _backward(x: Array, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, routing: 
     dx = dxs[0]
     if len(dxs) > 1:
         dx = functools.reduce(jnp.add, (dx.astype(jnp.float32) for dx in dxs)).astype(x.dtype)
-    das = tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True))
-    dbs = tuple(grad.astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True))
-    return dx[:num_rows], das, dbs
+    return dx[:num_rows], _in_dtypes_of(a, das), _in_dtypes_of(b, dbs)
+
+
+def _in_dtypes_of(stacks: Stacks, gradients: Sequence[Array]) -> Stacks:
+    return tuple(grad.astype(s.dtype) for grad, s in zip(gradients, stacks, strict=True))
 
 
 def _backward_part(x, ws: Weights, a: Stacks, b: Stacks, ss: Smalls, rows: Tiles, dys: Outputs):
@@ -306,9 +308,7 @@ def backward_gated(
         dys, ds, wide_dbs = gated_grad.gated_grad(*gated, wide_b, ss, rows, activation, sizes)
         small = tuple(ds), wide_dbs
         dx, das, dbs = _input_gradients(x, ws, wide_a, small, rows, dys, rank)
-        das = tuple(grad.astype(a_i.dtype) for grad, a_i in zip(das, a, strict=True))
-        dbs = tuple(grad.astype(b_i.dtype) for grad, b_i in zip(dbs, b, strict=True))
-        return dx[:num_rows], das, dbs
+        return dx[:num_rows], _in_dtypes_of(a, das), _in_dtypes_of(b, dbs)
 
 
 def _can_absorb(shape: Shape, ranks: int) -> bool:
