@@ -190,7 +190,7 @@ def bench_for(
     """Makes the engine for these jobs; with `--order auto` as training does, by our plans."""
     data, stages, order = arguments.data, arguments.stages, arguments.order
     problem = partial(Problem, jobs=tuple(jobs), capacities=(arguments.capacity,), tile=tile)
-    if order == "auto":
+    if order == "auto" or stages == 1:  # one stage has nobody to exchange with, whatever was asked
 
         def make(**kinds) -> Plan:
             return plan(problem(**kinds))
