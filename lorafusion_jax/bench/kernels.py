@@ -182,8 +182,9 @@ def _measured(options) -> Iterator[list[dict]]:
 
     if options.peft_baseline:
         yield peft_rows(options.peft_baseline)
-    bytes_per_us = copy_bytes_per_us() if options.kernels else 0.0
+    bytes_per_us = 0.0
     if options.kernels:
+        bytes_per_us = copy_bytes_per_us()
         print(f"copy bandwidth {bytes_per_us / 1e6:.2f} TB/s", flush=True)
     names, wanted = options.implementations.split(","), options.passes.split(",")
     for case in _cases(options.quick, options.shape):

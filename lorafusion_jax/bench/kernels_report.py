@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from lorafusion_jax.bench.results import Row
+from lorafusion_jax.bench.training_report import save_figure
 
 # In the order of the bars; other implementations come last.
 _NAMES = {
@@ -37,9 +40,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     names = [name for name in _NAMES if any(name in ratios for ratios in found.values())]
     if not names:
         return []
-    from matplotlib.figure import Figure
-
-    figure = Figure((9, 4.2), layout="constrained")
+    figure = Figure((9, 4.2))
     axes, width = figure.subplots(), 0.8 / len(names)
     for number, name in enumerate(names):
         at = [i for i, ratios in enumerate(found.values()) if name in ratios]
@@ -53,6 +54,4 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     axes.set_ylabel("forward and backward over the frozen linear")
     axes.set_title("LoRA linears, rank 16, dropout 0.1, one adapter")
     axes.legend(fontsize=8, ncols=len(names), loc="upper right")
-    path = folder / "kernels_ratios.png"
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    return [path]
+    return [save_figure(figure, folder / "kernels_ratios.png")]

@@ -97,7 +97,7 @@ def _draw_tokens(rows: Sequence[Row], path: Path) -> Path:
     axes.set_ylabel("real tokens per second")
     axes.grid(alpha=0.3, axis="y")
     _legend_above(figure, ncols=2)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_breakdown(rows: Sequence[Row], path: Path) -> Path:
@@ -116,7 +116,7 @@ def _draw_breakdown(rows: Sequence[Row], path: Path) -> Path:
     axes.set_xlabel("microseconds per real token")
     axes.grid(alpha=0.3, axis="x")
     _legend_above(figure, ncols=len(CLASSES))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _share(row: Row, name: str) -> float:
@@ -133,7 +133,8 @@ def _legend_above(figure: Figure, *, ncols: int) -> None:
     figure.legend(fontsize="x-small", ncols=ncols, loc="outside upper center", frameon=False)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a figure, its parts spread over the room there is; returns its path."""
     figure.set_layout_engine("constrained")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the library's version and date in the file, equal data give equal bytes.

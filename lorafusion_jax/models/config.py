@@ -8,8 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lorafusion_jax.errors import ModelError
-
-type Activation = Literal["silu", "gelu_tanh"]
+from pallas_kernels.activation import Activation
 
 
 @dataclass(frozen=True)

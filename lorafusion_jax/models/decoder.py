@@ -29,9 +29,10 @@ from lorafusion_jax.lora.linear import (
     joined_mlp,
 )
 from lorafusion_jax.models.attention import Segments, attention_and_flags, cached_attention
-from lorafusion_jax.models.config import Activation, ModelConfig
-from lorafusion_jax.models.fused import gated, rms_norm
+from lorafusion_jax.models.config import ModelConfig
+from lorafusion_jax.models.fused import rms_norm
 from lorafusion_jax.models.rotary import LayerView, rotary_tables, rotate
+from pallas_kernels.activation import Activation, gated
 
 type Remat = Literal["none", "mlp", "attention", "full"]
 REMAT_POLICIES: tuple[str, ...] = get_args(Remat.__value__)

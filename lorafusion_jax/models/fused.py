@@ -1,7 +1,7 @@
-"""Element-wise parts of a layer whose backward pass keeps only what it cannot compute again.
+"""A norm whose backward pass keeps only what it cannot compute again.
 
-Differentiated by jax, a gated activation keeps five arrays as large as its inputs and a norm keeps
-its input in float32. Here they keep their inputs, which are there anyway, and one number per row.
+Differentiated by jax, it keeps its input in float32. Here it keeps the input, which is there
+anyway, and one number per row. The gated activation of its kind is in `pallas_kernels.activation`.
 """
 
 from functools import partial
@@ -9,9 +9,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from pallas_kernels.activation import ACTIVATIONS as ACTIVATIONS
-from pallas_kernels.activation import gated as gated
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.models.fused import ACTIVATIONS, gated, rms_norm
+from lorafusion_jax.models.fused import rms_norm
+from pallas_kernels.activation import ACTIVATIONS, gated
 from tests.tolerance import assert_error_ratio
 
 SHAPE = (6, 40)
