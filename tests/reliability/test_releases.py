@@ -57,13 +57,12 @@ def test_another_version_is_refused_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.scenario("B8")
 def test_losses_are_those_of_the_release(tmp_path):
-    """Exact on the kind of processor that wrote them; elsewhere as close as float32 allows."""
+    """Exact on processors whose losses were kept; elsewhere as close as float32 allows."""
     golden = json.loads((RELEASES[-1] / "losses.json").read_text())
     make(tmp_path / "run").fit()
     found = losses(tmp_path / "run")
     assert {name: len(x) for name, x in found.items()} == {"sql": 20, "emoji": 20}
-    if golden["processor"] == processor():
-        assert found == golden["losses"]
+    assert found == golden["exact"].get(processor(), found)
     for name, values in golden["losses"].items():
         assert found[name] == pytest.approx(values, rel=2e-5)
     other = [x * (1 + 1e-4) for x in golden["losses"]["sql"]]  # the twin
