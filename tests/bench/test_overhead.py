@@ -59,6 +59,7 @@ class Slowed:
         return measure_overhead(self, self.make, COUNT, **options)
 
 
+@pytest.mark.slow
 def test_each_part_is_charged_for_what_it_takes(packed):
     """50 ms more in one place are at least 40 ms more of that part, and of no other."""
     before = Slowed(packed).measure()

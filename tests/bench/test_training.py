@@ -133,6 +133,7 @@ def test_refusals(tmp_path):
     assert model_shape("llama-3.1-8b", 2).num_hidden_layers == 2
 
 
+@pytest.mark.slow
 def test_a_run_writes_rows_and_keeps_those_of_other_mixes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         schedule, "MOMENTS", {"xsum": (60, 20), "cnn": (60, 20), "wikisum": (60, 20)}

@@ -222,6 +222,7 @@ def test_prompts_that_do_not_fit_are_passed_over_and_said(trained, base):
     assert passed_over == len(lengths["chat"]) - len(found)
 
 
+@pytest.mark.slow
 def test_samples_never_cost_a_run_its_outputs(project, lorafusion, tiny_model, tmp_path):
     """Prompts longer than the context and empty ones; then an error that nobody foresaw."""
     model = tmp_path / "model"

@@ -66,6 +66,7 @@ def test_rooflines_are_those_of_the_lab_book():
     assert [row["share_of_roofline"] for row in rows] == [0.5]
 
 
+@pytest.mark.slow
 def test_the_best_xla_formula_computes_the_same_as_the_op():
     o = make_operands(Case(256, 64, (32, 16), 8, 0.1, 2), 0)
     results = []

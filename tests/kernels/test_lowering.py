@@ -19,7 +19,6 @@ QUICK = (
     "widths in 16s",
     "candidates 1",
     "mlp, gelu",
-    "portable 8.6",
     "portable 10.0, rank 200",
 )
 PORTABLE = ("lora_portable_base_up", "lora_portable_dx")

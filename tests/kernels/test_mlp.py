@@ -24,7 +24,7 @@ CASE = {"padding": (3, 17), "biased": True}
 
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [pytest.param("silu", marks=pytest.mark.slow), "gelu_tanh"])
 def test_without_a_gpu_it_is_two_linears_and_an_activation(activation, implementation):
     p = make_mlp(activation=activation, **CASE)
     once, apart = (run(jax.jit(make(p, implementation)), p) for make in (block, separate))
@@ -133,6 +133,7 @@ def test_the_policy_recomputes_no_large_product():
         assert count(jax.checkpoint_policies.nothing_saveable, kernel) > 2 - (kernel != "base_up")
 
 
+@pytest.mark.slow
 def test_scan_vmap_and_shard_map():
     p = make_mlp(tiles=(0, 1))
     _, a, b, _ = p.operands()

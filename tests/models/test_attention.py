@@ -71,10 +71,10 @@ def test_values_and_gradients(rng, packed_attention, heads, groups):
 @pytest.mark.parametrize(
     "scoring",
     [
-        {"window": 4},
+        pytest.param({"window": 4}, marks=pytest.mark.slow),
         {"window": 1},
-        {"softcap": 0.7},
-        {"scale": 0.125},
+        pytest.param({"softcap": 0.7}, marks=pytest.mark.slow),
+        pytest.param({"scale": 0.125}, marks=pytest.mark.slow),
         {"window": 5, "softcap": 1.5, "scale": 0.8},
     ],
 )

@@ -15,7 +15,7 @@ from lorafusion_sched import Microbatch
 from tests.parallel.mix import Mix, first_state, tiny_base
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_reaches_attention_and_compiler(monkeypatch, deterministic):
     asked = []
 

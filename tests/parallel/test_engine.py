@@ -33,6 +33,11 @@ BOTH = {
     "axis_kind": "explicit",
 }
 QUICK = pytest.mark.parametrize("settings", [PIPELINE, BOTH], ids=["pipeline", "both"])
+# A pipeline alone is what BOTH has, without its reduction over `data`.
+QUICKEST = pytest.mark.parametrize(
+    "settings",
+    [pytest.param(PIPELINE, marks=pytest.mark.slow, id="pipeline"), pytest.param(BOTH, id="both")],
+)
 
 
 def adapters(state):
@@ -62,7 +67,7 @@ def check_against_one_device(on: OnMesh, start, reference, truth):
     return done, report
 
 
-@QUICK
+@QUICKEST
 @pytest.mark.scenario("C11")
 def test_trains_like_one_device(settings, on_mesh, start, reference, truth):
     on = on_mesh(**settings)

@@ -110,6 +110,7 @@ def whole(tmp_path_factory):
     return output, trainer(output, MESH, listener=seen.append).fit(), seen
 
 
+@pytest.mark.slow
 def test_a_resumed_mesh_is_given_the_policies_that_it_chose(whole, tmp_path, monkeypatch):
     output = shutil.copytree(whole[0], tmp_path / "run")
     asked = []

@@ -61,6 +61,7 @@ def test_a_record_of_an_older_release_is_no_choice():
     assert Choices.from_record(older) == Choices(**record)
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("B2")
 def test_a_resumed_run_keeps_what_it_chose_on_another_device(tmp_path, monkeypatch):
     """The first process had little memory and chose `full`; the second has plenty."""

@@ -16,7 +16,7 @@ from lorafusion_sched import Microbatch
 from tests.train.tiny import CONFIG
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_reaches_attention_and_compiler(monkeypatch, deterministic):
     asked = []
 

@@ -93,7 +93,7 @@ def check(step: Step, remat) -> None:
     assert 0.85 < planned / found < 1.15, f"{remat}: planned {planned}, XLA says {found}"
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_predicts_what_xla_counts(remat):
     check(TINY_STEP, remat)
 
