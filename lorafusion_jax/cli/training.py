@@ -1,6 +1,7 @@
 """The commands that train: train, sweep."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,11 +62,15 @@ def train(
     processes: ProcessesOption = None,
 ) -> None:
     """Train all jobs together; run again to resume."""
-    run = read_config(config, overrides, jobs=jobs, max_steps=max_steps, output=output)
-    if (coordinator, process, processes) != (None, None, None):
-        from lorafusion_jax.parallel.processes import start_processes
+    read = partial(read_config, config, overrides, jobs=jobs, max_steps=max_steps, output=output)
+    if (coordinator, process, processes) == (None, None, None):
+        run = read()
+    else:
+        from lorafusion_jax.parallel.processes import all_or_none, start_processes
 
         start_processes(coordinator, process, processes)
+        with all_or_none():  # the file may be missing where one process runs
+            run = read()
     run_training(run, config, resume=resume, plain=plain, samples=samples)
 
 

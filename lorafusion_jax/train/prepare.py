@@ -16,6 +16,7 @@ from lorafusion_jax.lora.bank import (
 from lorafusion_jax.models.hf_weights import Base
 from lorafusion_jax.parallel.engine import host_device, make_engine, on_host
 from lorafusion_jax.parallel.order import order_of
+from lorafusion_jax.parallel.processes import all_or_none
 from lorafusion_jax.parallel.ranks import of_ranks, sum_ranks
 from lorafusion_jax.parallel.run import MeshPrograms, MeshRun
 from lorafusion_jax.train.background import BackgroundSaver
@@ -124,17 +125,18 @@ def prepare_run(
         stage = plan_stage(step, share, config.train.remat, before)
         remat, planned = stage.plan.remat[-1], stage.words
         choices = choices._replace(policies=stage.plan.remat, residuals=stage.plan.residuals)
-        engine = make_engine(
-            base,
-            bank,
-            data=config.parallel.data,
-            stage=config.parallel.stage,
-            order=order,
-            residuals=stage.plan.residuals,
-            remat=stage.plan.remat,
-            capacity=capacity,
-            deterministic=config.train.deterministic,
-        )
+        with all_or_none():  # each process reads the weights of its own stages
+            engine = make_engine(
+                base,
+                bank,
+                data=config.parallel.data,
+                stage=config.parallel.stage,
+                order=order,
+                residuals=stage.plan.residuals,
+                remat=stage.plan.remat,
+                capacity=capacity,
+                deterministic=config.train.deterministic,
+            )
         programs = MeshPrograms(engine)
         make_run = partial(MeshRun, engine, programs)
         state = on_host(state)

@@ -16,7 +16,7 @@ import pytest
 
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.training import read_config
-from lorafusion_jax.errors import ConfigError
+from lorafusion_jax.errors import CheckpointError, ConfigError
 from lorafusion_jax.parallel.processes import (
     Votes,
     all_or_none,
@@ -25,7 +25,7 @@ from lorafusion_jax.parallel.processes import (
     largest,
     start_processes,
 )
-from lorafusion_jax.train import together
+from lorafusion_jax.train import prepare, together
 from lorafusion_jax.train.checkpoint import Checkpoints, tree_hash
 from tests.cli.conftest import write_model, write_project
 
@@ -193,6 +193,28 @@ def test_processes_that_cannot_train_together_are_refused(project, tmp_path):
     (first, said), (second, why) = both.wait(120)
     assert (first, second) == (2, 2) and "another process of this run was refused" in said
     assert "nowhere: no such model" in why
+    # Nor one that does not find the configuration, or cannot read the weights of its stage.
+    both = train(project, tmp_path / "run", (1, 2), processes=2)
+    both.start(1, ("--jobs", "nobody"))
+    (first, said), (second, why) = both.wait(120)
+    assert (first, second) == (2, 2) and "another process of this run was refused" in said
+    assert "nobody" in why and "another process" not in why
+
+
+def test_whoever_cannot_read_its_weights_tells_the_others(project, monkeypatch, tmp_path):
+    votes = []
+
+    def unreadable(*args, **kwargs):
+        raise CheckpointError("a shard is gone")
+
+    monkeypatch.setattr(prepare, "make_engine", unreadable)
+    monkeypatch.setattr(
+        "lorafusion_jax.parallel.processes.largest",
+        lambda value: votes.append(bool(value)) or value,
+    )
+    mesh = ("--set", "parallel.stage=2")
+    assert main(["train", str(project), "--output", str(tmp_path / "run"), "--plain", *mesh]) != 0
+    assert votes[-1] and votes.count(True) == 1
 
 
 @pytest.mark.parametrize(
