@@ -40,10 +40,25 @@ def _finish(figure: Figure, axes: Axes, path: Path, x: str, y: str) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path, *, legend_outside: bool = False) -> Path:
+    """Writes a PNG file, whose bytes are equal for equal data; returns its path.
+
+    Args:
+        figure: to write.
+        path: its folder is made if need be.
+        legend_outside: the figure has a legend outside its axes, to be given room.
+    """
+    if legend_outside:
+        figure.set_layout_engine("constrained")
+    else:
+        figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the library's version and date in the file, equal data give equal bytes.
+    # The library's version and date would differ.
     figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    return path
 
 
 def plot_job(records: Records, name: str, path: Path) -> None:
@@ -177,9 +192,7 @@ def plot_gantt(
         fontsize="small", ncols=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.2
     )
     panels[-1, 0].set_xlabel(unit)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _draw_span(axes: Axes, plan: Plan, span: Span, colour: Mapping[str, str]) -> None:

@@ -11,7 +11,6 @@ Every ratio is over the frozen linear (X W and dY W^T) of the same run; calls ta
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,9 +212,9 @@ def main(arguments: list[str]) -> int:
     if options.peft_baseline:
         peft_rows(options.peft_baseline)  # a bad file is told of before anything is measured
     if not options.graphs:
-        # CUPTI wants the same kernels in every call, so keep XLA from making CUDA graphs.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+        from lorafusion_jax.bench.timing import forbid_graphs
+
+        forbid_graphs()
     elif options.kernels or options.tune:
         raise ConfigError("--graphs hides kernels from CUPTI: leave out --kernels and --tune")
     import jax

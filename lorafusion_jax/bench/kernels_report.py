@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lorafusion_jax.bench.results import Row
-from lorafusion_jax.bench.training_report import save_figure
+from lorafusion_jax.plots import save_figure
 
 # In the order of the bars; other implementations come last.
 _NAMES = {
@@ -54,4 +54,4 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     axes.set_ylabel("forward and backward over the frozen linear")
     axes.set_title("LoRA linears, rank 16, dropout 0.1, one adapter")
     axes.legend(fontsize=8, ncols=len(names), loc="upper right")
-    return [save_figure(figure, folder / "kernels_ratios.png")]
+    return [save_figure(figure, folder / "kernels_ratios.png", legend_outside=True)]

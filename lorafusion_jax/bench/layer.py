@@ -15,7 +15,6 @@ Calls take turns; `ratio_to_frozen` is over `frozen` of the same part (for `head
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -296,8 +295,9 @@ _ROWS: dict[str, Callable[[Bench], list[dict]]] = {
 
 def _fused(options: argparse.Namespace) -> int:
     """The part that goes by itself."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    from lorafusion_jax.bench.timing import forbid_graphs
+
+    forbid_graphs()
     import jax
 
     from lorafusion_jax.bench.layer_fused import fused_rows

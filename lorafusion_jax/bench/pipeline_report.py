@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lorafusion_jax.bench.results import Row
+from lorafusion_jax.plots import save_figure
 
 
 def draw_speed(rows: list[Row], results: Path) -> Path:
@@ -34,7 +35,4 @@ def draw_speed(rows: list[Row], results: Path) -> Path:
     first = rows[0]
     axes.set_title(f"{first['model']}, {first['layers']} layers, {first['mesh']}", loc="left")
     axes.legend(fontsize="small")
-    figure.tight_layout()
-    path = results.with_name(f"{results.stem}_speed.png")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    return path
+    return save_figure(figure, results.with_name(f"{results.stem}_speed.png"))

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from lorafusion_jax.bench.report import markdown_table
 from lorafusion_jax.bench.results import RESULTS, Row, write_results
+from lorafusion_jax.plots import save_figure
 
 _IDENTITY = ("part", "lengths", "stages", "gbs", "capacity", "planner", "seed", "clock")
 _IDENTITY += ("whole_bucket", "attention_share")
@@ -261,8 +262,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     axes.set_xlabel("lengths; stages, global batch size; capacity", fontsize="small")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
-    figure.tight_layout()
-    figure.savefig(folder / "schedule_utilisation.png", dpi=120, metadata={"Software": None})
+    save_figure(figure, folder / "schedule_utilisation.png")
 
 
 _label: Callable[[str], str] = {

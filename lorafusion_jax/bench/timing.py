@@ -1,5 +1,6 @@
 """Two clocks: wall time of many calls in flight, and the GPU's own time per kernel."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,10 +45,16 @@ def sustained(
     return {name: statistics.median(values) * 1e3 for name, values in samples.items()}
 
 
+def forbid_graphs() -> None:
+    """Keeps XLA from making CUDA graphs, in which CUPTI sees no kernels; before jax starts."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+
+
 def kernel_times(call: Callable, arguments: tuple, repeat: int = 5) -> list[tuple[str, float]]:
     """Returns name and median time in us of each kernel of a call, from CUPTI.
 
-    XLA must not have turned the call into a CUDA graph (--xla_gpu_enable_command_buffer=).
+    XLA must not have turned the call into a CUDA graph: see `forbid_graphs`.
     """
     from jax.experimental.mosaic.gpu import profiler
 

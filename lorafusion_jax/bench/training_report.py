@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lorafusion_jax.bench.results import Row
+from lorafusion_jax.plots import save_figure
 
 SEQUENTIAL, LORAFUSION = "a_sequential_padded", "d_lorafusion"
 LABELS = {
@@ -97,7 +98,7 @@ def _draw_tokens(rows: Sequence[Row], path: Path) -> Path:
     axes.set_ylabel("real tokens per second")
     axes.grid(alpha=0.3, axis="y")
     _legend_above(figure, ncols=2)
-    return save_figure(figure, path)
+    return save_figure(figure, path, legend_outside=True)
 
 
 def _draw_breakdown(rows: Sequence[Row], path: Path) -> Path:
@@ -116,7 +117,7 @@ def _draw_breakdown(rows: Sequence[Row], path: Path) -> Path:
     axes.set_xlabel("microseconds per real token")
     axes.grid(alpha=0.3, axis="x")
     _legend_above(figure, ncols=len(CLASSES))
-    return save_figure(figure, path)
+    return save_figure(figure, path, legend_outside=True)
 
 
 def _share(row: Row, name: str) -> float:
@@ -131,12 +132,3 @@ def _number(value: object) -> float:
 
 def _legend_above(figure: Figure, *, ncols: int) -> None:
     figure.legend(fontsize="x-small", ncols=ncols, loc="outside upper center", frameon=False)
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a figure, its parts spread over the room there is; returns its path."""
-    figure.set_layout_engine("constrained")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the library's version and date in the file, equal data give equal bytes.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    return path

@@ -3,7 +3,8 @@
 jax finds a compiled program by its text. To have that text, a step must be traced and its kernels
 lowered, in Python: 14 of the 20 seconds of a warm start at 8B. Here the text is found by what it
 depends on: the source files of this project, versions, device, settings, the step's static half,
-and the shapes of its arguments. A file that cannot be read is written anew.
+and the shapes of its arguments. A file that cannot be read is written anew. One that nothing has
+taken for a month goes when another is written.
 
 What cannot be told by that is not kept: models with modules or functions of a user's own. Whoever
 replaces functions of this project while it runs calls `Program.compile_anew`.
@@ -18,6 +19,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +39,7 @@ _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "numpy")
 _KNOWN = frozenset(
     (*(package.__name__ for package in _OURS), *_VERSIONS_OF, "ml_dtypes", *sys.stdlib_module_names)
 )
+_KEPT_SECONDS = 30 * 24 * 3600
 _UNRELATED = ("jax_compilation_cache_", "jax_persistent_cache_")  # settings of where and when
 # Programs are read by the very versions that wrote them, so what jax promises nothing of is safe.
 _CALLS = ("mosaic_gpu_v2", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -194,6 +197,8 @@ def _read(path: Path) -> "jax.export.Exported | None":
         stored = path.read_bytes()
         digest, text = stored[:32], bytearray(stored[32:])
         if hashlib.sha256(text).digest() == digest:
+            with contextlib.suppress(OSError):  # a file of somebody else
+                os.utime(path)
             return jax.export.deserialize(text)
     except OSError:
         pass
@@ -201,8 +206,12 @@ def _read(path: Path) -> "jax.export.Exported | None":
 
 
 def _write(path: Path, text: bytearray) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, and removes those that were not taken for long."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for other in path.parent.iterdir():
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - other.stat().st_mtime > _KEPT_SECONDS:
+                other.unlink()
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
             file.write(hashlib.sha256(text).digest() + text)

@@ -1,5 +1,7 @@
 """Programs kept on disk: the same results, found again, and never those of something else."""
 
+import os
+import time
 from functools import partial
 from unittest.mock import Mock
 
@@ -100,6 +102,17 @@ def test_a_damaged_file_is_written_anew(damage, cache):
     assert len(traced) == 2
     assert run(program())[0] == [6, 7, 8, 9]
     assert len(traced) == 2
+
+
+def test_what_nothing_has_taken_for_a_month_goes(cache):
+    run(program())
+    run(program(5.0))
+    old, taken = sorted(cache.iterdir())
+    for path in (old, taken):
+        os.utime(path, times=(0, time.time() - 31 * 24 * 3600))
+    assert stored._read(taken) is not None
+    run(program(7.0))
+    assert not old.exists() and taken.exists() and len(list(cache.iterdir())) == 2
 
 
 def test_without_a_cache_nothing_is_kept(cache):
