@@ -36,6 +36,7 @@ from lorafusion_jax.bench.pipeline_time import (
     ranks_of,
     steady,
 )
+from lorafusion_jax.bench.profile import profiled
 from lorafusion_jax.bench.results import RESULTS, Row, device_name, write_results
 from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
 from lorafusion_jax.bench.shapes import step_flops
@@ -334,6 +335,18 @@ def measure(
     }
 
 
+def profile_ticks(bench: Bench, slots: list[Slot]) -> Row:
+    """Returns milliseconds of a tick by class of kernel, of the process's devices on average.
+
+    The profile is of the first ticks, some of which fill the pipeline; prints the heaviest kernels.
+    """
+    stream = Stream(bench.pipeline, bench.frozen, hyper_of(bench.adapters), slots[: 3 * TICKS])
+    state = bench.state(slots[0])
+    profile = profiled(lambda: jax.block_until_ready(stream.run(state, TICKS)))
+    print(profile.heaviest(stream.ticks))
+    return dict(profile.by_class(stream.ticks))
+
+
 def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
     """Measures everything that was asked for."""
     config = model_shape(arguments.model, arguments.layers)
@@ -376,6 +389,8 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
                 first = system == "ours" and lengths == arguments.lengths[0]
                 drawn = picture if first and adapters == arguments.adapters[0] else None
                 row |= measure(bench, whole, jobs, backward, root, page, sizes, drawn)
+                if arguments.profile:
+                    row |= profile_ticks(bench, slots_of(whole, jobs, bench, sizes))
                 print(
                     f"{label} {adapters} adapters {system}: {row['tokens_per_s']:.0f} tokens/s "
                     f"(steady {row['tokens_per_s_steady']:.0f}), remat {row['remat']}, "
@@ -415,6 +430,7 @@ def parser(prog: str, stages: int, model: str) -> argparse.ArgumentParser:
     made.add_argument("--order", default="auto", choices=("auto", "fbh", "bfh"))
     made.add_argument("--remat", default="auto", choices=("auto", *REMAT_POLICIES, "recompute"))
     made.add_argument("--shrink", type=float, default=1.0, help="factor of all sample lengths")
+    made.add_argument("--profile", action="store_true", help="time by class of kernel")
     made.add_argument("--quick", action="store_true", help="a tiny model, seconds on CPUs")
     made.add_argument("--out", type=Path, default=RESULTS)
     made.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes")

@@ -316,7 +316,7 @@ def _packed(setup: Setup, system: str, microbatches: int) -> dict:
 
 def measure(setup: Setup, system: str, lengths: str, options: argparse.Namespace) -> dict[str, Any]:
     """Returns the results row of one system."""
-    from lorafusion_jax.bench.profile import kernel_classes
+    from lorafusion_jax.bench.profile import profiled
     from lorafusion_jax.bench.shapes import H100_PEAK, step_flops
 
     if system in "ac":
@@ -338,7 +338,9 @@ def measure(setup: Setup, system: str, lengths: str, options: argparse.Namespace
     }  # fmt: skip
     if options.profile:
         batches = found["batches"][-2:]
-        row |= kernel_classes(lambda: program.run(batches), calls=len(batches))
+        profile = profiled(lambda: program.run(batches))
+        print(profile.heaviest(len(batches)))
+        row |= profile.by_class(len(batches))
     return row
 
 

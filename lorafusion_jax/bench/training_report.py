@@ -18,7 +18,9 @@ LABELS = {
     "f_ours_fp8": "(f) ours, fp8",
     "peft_compile": "PEFT, torch.compile",
 }
-CLASSES = ("fused_gemm", "gemm", "lora", "attention", "elementwise", "copy", "idle")
+CLASSES = (
+    "fused_gemm", "gemm", "lora", "attention", "elementwise", "slices", "copy", "exchange", "idle",
+)  # fmt: skip
 """Classes of kernels in the order they are stacked: products with fused LoRA, other products,
 LoRA's own passes, attention, elementwise, copies, and a device without work."""
 
@@ -107,7 +109,8 @@ def _draw_breakdown(rows: Sequence[Row], path: Path) -> Path:
     figure = Figure(figsize=(8.5, 1.5 + 0.34 * len(rows)))
     axes = figure.subplots()
     lefts = [0.0] * len(rows)
-    for name in CLASSES:
+    found = [name for name in CLASSES if any(f"ms_{name}" in row for row in rows)]
+    for name in found:
         widths = [_share(row, name) * 1e6 / _number(row["tokens_per_s"]) for row in rows]
         axes.barh(range(len(rows)), widths, 0.75, lefts, label=name.replace("_", " "))
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
@@ -116,7 +119,7 @@ def _draw_breakdown(rows: Sequence[Row], path: Path) -> Path:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("microseconds per real token")
     axes.grid(alpha=0.3, axis="x")
-    _legend_above(figure, ncols=len(CLASSES))
+    _legend_above(figure, ncols=len(found))
     return save_figure(figure, path, legend_outside=True)
 
 

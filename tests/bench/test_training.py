@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.bench import layer, padded, schedule, training
-from lorafusion_jax.bench.profile import class_of
+from lorafusion_jax.bench.profile import Event, Profile, class_of
 from lorafusion_jax.bench.results import read_baselines
 from lorafusion_jax.bench.shapes import MODELS, layer_flops, model_shape
 from lorafusion_jax.bench.systems import LINEARS, lora_linears, padded_batch
@@ -108,11 +108,27 @@ def test_work_of_a_llama_layer():
         ("mosaic_gpu_lora_grad_down_kernel", "lora"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "gemm"),
         ("loop_multiply_fusion_3", "elementwise"),
+        ("loop_dynamic_update_slice_fusion_7", "slices"),
+        ("ncclDevKernel_SendRecv", "exchange"),
         ("MemcpyD2D", "copy"),
     ],
 )
 def test_classes_of_kernels(kernel, kind):
     assert class_of(kernel) == kind
+
+
+def test_a_profile_counts_what_runs_side_by_side_once_as_busy():
+    events = [
+        Event("gpu 0", "nvjet_a", 0, 4e6),
+        Event("gpu 0", "ncclDevKernel", 1e6, 2e6),  # beside the product
+        Event("gpu 0", "nvjet_b_1", 6e6, 2e6),
+        Event("gpu 1", "nvjet_b_2", 0, 10e6),
+    ]
+    found = Profile(events, 0.010)
+    assert found.by_class(2) == {"ms_gemm": 4.0, "ms_exchange": 0.5, "ms_idle": 1.0}
+    lines = [line.split() for line in found.heaviest(2, 2).splitlines()]
+    assert lines == [["3.000", "ms", "nvjet_b"], ["1.000", "ms", "nvjet_a"]]
+    assert Profile([], 1.0).by_class(2) == {}
 
 
 def test_refusals(tmp_path):
