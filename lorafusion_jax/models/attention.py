@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lorafusion_jax.models import attention_cudnn, attention_xla
 from lorafusion_jax.models.attention_cudnn import Operand
 from lorafusion_jax.models.attention_xla import Scoring
+from lorafusion_jax.models.rotary import Rotary, rotate
 
 type AttentionImplementation = Literal["cudnn", "xla"]
 
@@ -99,6 +100,7 @@ def attention_and_flags(
     v: Float[Array, "T G D"],
     segments: Segments,
     *,
+    rotary: Rotary | None = None,
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
@@ -108,6 +110,11 @@ def attention_and_flags(
 
     A layer does that where it adds up its residual stream, for nothing; here it would take a pass
     over the output, and keep it twice. The gradients of such samples are NaN in any case.
+
+    Args:
+        q: see `attention`, and so for all others.
+        rotary: angles by which q and k are to be rotated first. What is not finite is then looked
+            for in the same pass over them.
 
     Returns:
         The attended values, wrong in some samples, and the rows of those.
@@ -122,7 +129,7 @@ def attention_and_flags(
         implementation = choose(q, k, segments, scoring)
     elif implementation == "cudnn" and (reason := attention_cudnn.refusal(q, k, segments, scoring)):
         raise NotImplementedError(f"cudnn: {reason}")
-    return _guarded((_IMPLEMENTATIONS[implementation], scoring), q, k, v, segments)
+    return _guarded((_IMPLEMENTATIONS[implementation], scoring), q, k, v, segments, rotary)
 
 
 def choose(q: Operand, k: Operand, segments: Segments, scoring: Scoring) -> AttentionImplementation:
@@ -187,19 +194,25 @@ _IMPLEMENTATIONS: dict[AttentionImplementation, Callable] = {"cudnn": _by_cudnn,
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _guarded(what: tuple[Callable, Scoring], q, k, v, segments: Segments):
+def _guarded(what: tuple[Callable, Scoring], q, k, v, segments: Segments, rotary: Rotary | None):
     """Runs an implementation that may spread what is not finite, and keeps it in its sample.
 
     Returns the output, and the rows of samples that hold such values.
     """
-    return _guarded_forward(what, q, k, v, segments)[0]
+    return _guarded_forward(what, q, k, v, segments, rotary)[0]
 
 
-def _guarded_forward(what, q, k, v, segments: Segments):
+def _guarded_forward(what, q, k, v, segments: Segments, rotary: Rotary | None):
     function, scoring = what
     bad = _samples_with(_nonfinite(q) | _nonfinite(k) | _nonfinite(v), segments.start)
     finite = tuple(_finite_or_zero(x) for x in (q, k, v))
-    out, pull = jax.vjp(lambda q, k, v: function(q, k, v, segments, scoring), *finite)
+
+    def attend(q, k, v):
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return function(q, k, v, segments, scoring)
+
+    out, pull = jax.vjp(attend, *finite)
     bad = _samples_with(bad | _nonfinite(out), segments.start)
     return (out, bad), (pull, bad, segments)
 
@@ -208,23 +221,31 @@ def _guarded_backward(what, residuals, cotangents):
     (pull, bad, segments), (dout, _) = residuals, cotangents
     bad = _samples_with(bad | _nonfinite(dout), segments.start)
     gradients = pull(_finite_or_zero(dout))
-    return (*(_fill(bad, gradient, jnp.nan) for gradient in gradients), None)
+    return (*(_fill(bad, gradient, jnp.nan) for gradient in gradients), None, None)
 
 
 _guarded.defvjp(_guarded_forward, _guarded_backward)
 
 
+def _bound(x: Array) -> Array:
+    """What is no larger counts as finite: it stays so when it is rotated."""
+    return jnp.asarray(jnp.finfo(x.dtype).max / 2, x.dtype)
+
+
 def _nonfinite(x: Float[Array, "T _ _"]) -> Bool[Array, " T"]:
-    return ~jnp.all(jnp.isfinite(x), axis=(1, 2))
+    # By the maximum, as XLA would write down and read again what it shares with `_finite_or_zero`.
+    return ~(jnp.max(jnp.abs(x), axis=(1, 2)) <= _bound(x))
 
 
 def _finite_or_zero(x: Array) -> Array:
-    """Element by element: XLA does it where x is made, in the rotary embedding's own pass."""
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+    """Element by element: XLA does it where x is needed, in the rotary embedding's own pass."""
+    return jnp.where(jnp.abs(x) <= _bound(x), x, jnp.zeros((), x.dtype))
 
 
 def _samples_with(flag: Bool[Array, " T"], start: Int[Array, " T"]) -> Bool[Array, " T"]:
     """Spreads a row's flag over its whole sample."""
+    # Without the barrier XLA computes a row's flag inside the scatter: one thread reads the row.
+    flag = jax.lax.optimization_barrier(flag)
     per_start = jnp.zeros(flag.shape, jnp.int32).at[start].max(flag.astype(jnp.int32))
     return per_start[start] > 0
 

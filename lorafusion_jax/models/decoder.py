@@ -124,8 +124,9 @@ class SelfAttention(nnx.Module):
         self.scale = config.attention_scale
 
     def __call__(self, x, view: LayerView, segments: Segments, lora: LoraContext | None, site):
-        q, k, v = self._project(x, view, lora, site)
-        out, bad = self._by_window(view, attention_and_flags)(q, k, v, segments)
+        q, k, v = self._project(x, lora, site)
+        attend = self._by_window(view, partial(attention_and_flags, rotary=view.rotary))
+        out, bad = attend(q, k, v, segments)
         added = self.o_proj(out.reshape(x.shape[0], -1), lora, site + _O)
         # XLA does this where it adds up the residual stream.
         return added + jnp.where(bad, jnp.nan, 0).astype(added.dtype)[:, None]
@@ -133,9 +134,10 @@ class SelfAttention(nnx.Module):
     def decode(self, x, view: LayerView, cache: KVCache, positions, lora, site):
         """Adds the new tokens to the cache and attends to it."""
         batch, new = positions.shape
+        q, k, v = self._project(x, lora, site)
         q, k, v = (
             heads.reshape(batch, new, -1, self.head_dim)
-            for heads in self._project(x, view, lora, site)
+            for heads in (rotate(q, view.rotary), rotate(k, view.rotary), v)
         )
         rows = jnp.arange(batch)[:, None]
         cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
@@ -155,7 +157,7 @@ class SelfAttention(nnx.Module):
             return sliding
         return partial(jax.lax.cond, view.slides, sliding, attend)
 
-    def _project(self, x, view: LayerView, lora, site):
+    def _project(self, x, lora, site):
         linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (
             y.reshape(x.shape[0], -1, self.head_dim)
@@ -163,7 +165,7 @@ class SelfAttention(nnx.Module):
         )
         if self.has_norms:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, view.rotary), rotate(k, view.rotary), v
+        return q, k, v
 
 
 class MLP(nnx.Module):

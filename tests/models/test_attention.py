@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.models import attention_xla as module
-from lorafusion_jax.models.attention import attention, cached_attention
+from lorafusion_jax.models.attention import attention, attention_and_flags, cached_attention
+from lorafusion_jax.models.rotary import Rotary, rotate
 from tests.models.tiny import packed
 from tests.tolerance import assert_bit_equal, assert_error_ratio
 
@@ -142,6 +143,45 @@ def test_one_bad_value_shows_in_its_whole_sample(rng, which):
     for x in gradients if which == 3 else (out, *gradients):
         bad = np.isnan(x).any(axis=(1, 2))
         assert bad[sample].all() and not bad[:12].any() and not bad[29:].any()
+
+
+def angles(rng) -> Rotary:
+    turned = rng.uniform(0, 6, size=(ROWS, 4)).astype(np.float32)
+    return Rotary(jnp.cos(turned), jnp.sin(turned))
+
+
+def test_rotated_inside_is_rotated_before(rng):
+    _, segments = packed(LENGTHS, ROWS)
+    inputs, rotary = random_inputs(rng), angles(rng)
+
+    def before(q, k, v, segments):
+        return attention(rotate(q, rotary), rotate(k, rotary), v, segments)
+
+    def inside(q, k, v, segments):
+        return attention_and_flags(q, k, v, segments, rotary=rotary)[0]
+
+    found, expected = (value_and_gradients(f, *inputs, segments) for f in (inside, before))
+    assert_bit_equal(found, expected)
+
+
+@pytest.mark.scenario("C10")
+@pytest.mark.parametrize("which", range(2))
+def test_what_is_finite_until_it_is_rotated_stays_in_its_sample(rng, which):
+    _, segments = packed(LENGTHS, ROWS)
+    inputs, rotary = list(random_inputs(rng)), angles(rng)
+
+    def inside(q, k, v, segments):
+        return attention_and_flags(q, k, v, segments, rotary=rotary)
+
+    largest = float(np.finfo(np.float32).max)
+    inputs[which] = inputs[which].at[14].set(largest)
+    assert not np.isfinite(rotate(inputs[which], rotary)[14]).all()
+    out, bad = inside(*inputs[:3], segments)
+    gradients = value_and_gradients(lambda *args: inside(*args)[0], *inputs, segments)[1]
+    sample = np.arange(ROWS)[12:29]
+    assert np.flatnonzero(bad).tolist() == sample.tolist() and np.isfinite(out).all()
+    for x in gradients:
+        assert np.flatnonzero(np.isnan(x).any(axis=(1, 2))).tolist() == sample.tolist()
 
 
 def stored_sizes(function, q, k, v, where) -> list[int]:
