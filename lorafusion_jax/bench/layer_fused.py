@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from lorafusion_jax.bench.profile import class_of
 from lorafusion_jax.bench.timing import kernel_times
+from lorafusion_jax.models.fused import norm_gradient
 from pallas_kernels.activation import gated, gated_gradients
 from pallas_kernels.lora import mosaic_gpu
 from pallas_kernels.lora.spec import Routing
+from pallas_kernels.norm_grad import norm_grad
 
 if TYPE_CHECKING:
     from lorafusion_jax.bench.layer import Bench
@@ -90,9 +92,21 @@ def _gated_grad(bench: "Bench") -> _Pair:
     return _Pair(fused, apart, arguments, 5 * gate.nbytes)
 
 
+def _norm_grad(bench: "Bench") -> _Pair:
+    hidden = bench.config.hidden_size
+    x, dy, beside = (bench.normal(bench.tokens, hidden) for _ in range(3))
+    weight, inverse = jnp.ones(hidden, jnp.float32), jnp.ones(bench.tokens, jnp.float32)
+
+    def apart(x, dy, beside, weight, inverse):
+        return beside + norm_gradient(x, weight, inverse[:, None], dy)
+
+    return _Pair(norm_grad, apart, (x, dy, beside, weight, inverse), 4 * x.nbytes)
+
+
 _PAIRS: dict[str, Callable[["Bench"], _Pair]] = {
     "gated_down": _gated_down,
     "gated_grad": _gated_grad,
+    "norm_grad": _norm_grad,
 }
 
 

@@ -30,7 +30,7 @@ from lorafusion_jax.lora.linear import (
 )
 from lorafusion_jax.models.attention import Segments, attention_and_flags, cached_attention
 from lorafusion_jax.models.config import ModelConfig
-from lorafusion_jax.models.fused import rms_norm
+from lorafusion_jax.models.fused import norm_beside, rms_norm
 from lorafusion_jax.models.rotary import LayerView, rotary_tables, rotate
 from pallas_kernels.activation import Activation, gated
 
@@ -58,8 +58,15 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        return rms_norm(x, self._factor(x), self.eps)
+
+    def beside(self, x: Float[Array, "T d"]) -> tuple[Float[Array, "T d"], Float[Array, "T d"]]:
+        """Returns x, for what else it is used for, and the norm of it: see `norm_beside`."""
+        return norm_beside(x, self._factor(x), self.eps)
+
+    def _factor(self, x: Array) -> Array:
         acc = jnp.promote_types(x.dtype, jnp.float32)
-        return rms_norm(x, self.offset + self.weight[...].astype(acc), self.eps)
+        return self.offset + self.weight[...].astype(acc)
 
 
 def final_norm(config: ModelConfig, *, dtype: DTypeLike) -> RMSNorm:
@@ -221,20 +228,23 @@ class DecoderLayer(nnx.Module):
         self.post_norms = config.post_norms
 
     def __call__(self, x, view: LayerView, segments: Segments, lora, site):
-        x = x + self.attend(x, view, segments, lora, site)
-        return x + self.feed_forward(x, lora, site)
+        x = self.attend(x, view, segments, lora, site)
+        return self.feed_forward(x, lora, site)
 
     def attend(self, x, view: LayerView, segments: Segments, lora, site):
-        """What the attention block adds to x."""
-        out = self.self_attn(self.input_layernorm(x), view, segments, lora, site)
-        return self.post_attention_layernorm(out) if self.post_norms else out
+        """x and what the attention block adds to it."""
+        x, normed = self.input_layernorm.beside(x)
+        out = self.self_attn(normed, view, segments, lora, site)
+        return x + (self.post_attention_layernorm(out) if self.post_norms else out)
 
     def feed_forward(self, x, lora, site):
-        """What the feed-forward block adds to x."""
+        """x and what the feed-forward block adds to it."""
         if not self.post_norms:
-            return self.mlp(self.post_attention_layernorm(x), lora, site)
-        out = self.mlp(self.pre_feedforward_layernorm(x), lora, site)
-        return self.post_feedforward_layernorm(checkpoint_name(out, "down"))
+            x, normed = self.post_attention_layernorm.beside(x)
+            return x + self.mlp(normed, lora, site)
+        x, normed = self.pre_feedforward_layernorm.beside(x)
+        out = self.mlp(normed, lora, site)
+        return x + self.post_feedforward_layernorm(checkpoint_name(out, "down"))
 
     def decode(self, x, view: LayerView, cache: KVCache, positions, lora, site):
         """The layer over new tokens, and the cache with them."""
@@ -242,7 +252,7 @@ class DecoderLayer(nnx.Module):
             self.input_layernorm(x), view, cache, positions, lora, site
         )
         x = x + (self.post_attention_layernorm(out) if self.post_norms else out)
-        return x + self.feed_forward(x, lora, site), cache
+        return self.feed_forward(x, lora, site), cache
 
 
 class DecoderStack(nnx.Module):
@@ -399,10 +409,10 @@ def _run_layer(graphdef, remat: str, state, x, view, segments, lora, site):
         return jax.checkpoint(_layer, static_argnums=0)(graphdef, state, x, *args)
     if remat in ("mlp", "attention"):
         attend = jax.checkpoint(_attend, static_argnums=0) if remat == "attention" else _attend
-        x = x + attend(graphdef, state, x, *args)
+        x = attend(graphdef, state, x, *args)
         keep = jax.checkpoint_policies.save_only_these_names("gate", "up", "down")
         feed_forward = jax.checkpoint(_feed_forward, static_argnums=0, policy=keep)
-        return x + feed_forward(graphdef, state, x, lora, site)
+        return feed_forward(graphdef, state, x, lora, site)
     return _layer(graphdef, state, x, *args)
 
 

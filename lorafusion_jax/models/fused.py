@@ -1,6 +1,6 @@
-"""A norm whose backward pass keeps only what it cannot compute again.
+"""Norms whose backward pass keeps only what it cannot compute again.
 
-Differentiated by jax, it keeps its input in float32. Here it keeps the input, which is there
+Differentiated by jax, a norm keeps its input in float32. Here it keeps the input, which is there
 anyway, and one number per row. The gated activation of its kind is in `pallas_kernels.activation`.
 """
 
@@ -9,6 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels.norm_grad import norm_grad, refusal
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -32,12 +34,60 @@ def _rms_norm_forward(x, weight, eps: float):
     return out.astype(x.dtype), (x, weight, inverse)
 
 
-def _rms_norm_backward(eps: float, residuals, dout):
-    x, weight, inverse = residuals
+def norm_gradient(
+    x: Float[Array, "*batch d"],
+    weight: Float[Array, " d"],
+    inverse: Float[Array, "*batch 1"],
+    dout: Float[Array, "*batch d"],
+) -> Float[Array, "*batch d"]:
+    """Returns the gradient of x, computed in the dtype of `inverse`.
+
+    Args:
+        x: see `rms_norm`.
+        weight: see `rms_norm`.
+        inverse: one over the root mean square of each row.
+        dout: gradient of the output.
+    """
     normed = x.astype(inverse.dtype) * inverse
     dnormed = dout.astype(inverse.dtype) * weight.astype(inverse.dtype)
     shared = jnp.mean(dnormed * normed, axis=-1, keepdims=True)
-    return ((dnormed - normed * shared) * inverse).astype(x.dtype), None
+    return ((dnormed - normed * shared) * inverse).astype(x.dtype)
+
+
+def _rms_norm_backward(eps: float, residuals, dout):
+    return norm_gradient(*residuals, dout), None
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def norm_beside(
+    x: Float[Array, "T d"], weight: Float[Array, " d"], eps: float
+) -> tuple[Float[Array, "T d"], Float[Array, "T d"]]:
+    """Returns x and `rms_norm(x)`, for a residual stream that goes on beside its norm.
+
+    The backward pass adds up both gradients of x; on a Hopper GPU in one kernel that reads each
+    row once.
+
+    Args:
+        x: see `rms_norm`, and so for all others.
+        weight: frozen.
+        eps: added to the mean square.
+    """
+    return x, rms_norm(x, weight, eps)
+
+
+def _norm_beside_forward(x, weight, eps: float):
+    out, residuals = _rms_norm_forward(x, weight, eps)
+    return (x, out), residuals
+
+
+def _norm_beside_backward(eps: float, residuals, cotangents):
+    (beside, dout), (x, weight, inverse) = cotangents, residuals
+    if refusal(x) is None:
+        return norm_grad(x, dout, beside, weight, inverse[:, 0]), None
+    return beside + norm_gradient(*residuals, dout), None
+
+
+norm_beside.defvjp(_norm_beside_forward, _norm_beside_backward)

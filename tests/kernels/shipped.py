@@ -10,6 +10,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from pallas_kernels import _mgpu, fused_gated_mlp, tables
 from pallas_kernels.lora import mosaic_gpu, portable
 from pallas_kernels.lora.spec import Routing
+from pallas_kernels.norm_grad import norm_grad
 from pallas_kernels.tuning import Shape, candidates
 
 S = jax.ShapeDtypeStruct
@@ -35,6 +36,8 @@ MLPS = {  # rows, in, inner, rank, slots
     "mlp, rank 200": (384, 320, 640, 200, 2),
     "mlp, widths in 16s": (1000, 144, 336, 24, 1),
 }
+
+NORMS = {"norm": (8192, 4096), "norm, widest": (1000, 8192), "norm, 768": (8, 768)}
 
 # Cases in which a temporary of an activation's size would show.
 MODEL_SIZED = ("single", "grouped", "grouped, rank 64", "rank 64, 8 adapters")
@@ -88,6 +91,12 @@ def mlp(x, ws, a, b, routing, dy, *, activation="silu"):
     return y, pull(dy)
 
 
+def norm_arguments(rows, k, dtype=jnp.bfloat16):
+    """Abstract operands of a norm's gradient."""
+    columns, inverse = S((k,), jnp.float32), S((rows,), jnp.float32)
+    return (*(S((rows, k), dtype) for _ in range(3)), columns, inverse)
+
+
 def with_atomics(*arguments):
     """The same with atomic sums for dA and dB."""
     with tables.atomic_gradients():
@@ -133,6 +142,7 @@ def programs() -> dict[str, tuple]:
     hopper = _mgpu.HOPPER
     found = {name: (hopper, both, arguments(*case)) for name, case in CASES.items()}
     found |= {name: (hopper, mlp, mlp_arguments(*case)) for name, case in MLPS.items()}
+    found |= {name: (hopper, norm_grad, norm_arguments(*case)) for name, case in NORMS.items()}
     gelu = partial(mlp, activation="gelu_tanh")
     found["mlp, gelu"] = (hopper, gelu, mlp_arguments(1024, 512, 1024, 16, 2))
     found["float16"] = (hopper, both, arguments(256, 512, (256,), 16, 2, dtype=jnp.float16))

@@ -19,6 +19,7 @@ QUICK = (
     "widths in 16s",
     "candidates 1",
     "mlp, gelu",
+    "norm",
     "portable 10.0, rank 200",
 )
 PORTABLE = ("lora_portable_base_up", "lora_portable_dx")
@@ -40,7 +41,7 @@ def _lower(function, operands, capability=_mgpu.HOPPER):
 def test_lowers_for_hopper(name):
     capability, function, operands = PROGRAMS[name]
     text = _lower(function, operands, capability)
-    kernels = PORTABLE if "portable" in name else KERNELS
+    kernels = PORTABLE if "portable" in name else ("norm_grad",) if "norm" in name else KERNELS
     fused = ("lora_gated_down", "lora_gated_grad")[: 1 if "rank " in name else 2]  # over 32 ranks
     for kernel in (*kernels, *(fused if "mlp" in name else ())):
         assert kernel in text or ABSORBED.get(kernel, kernel) in text
