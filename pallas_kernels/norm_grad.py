@@ -41,32 +41,34 @@ def norm_grad(
     dy: Float[Array, "T K"],
     beside: Float[Array, "T K"],
     weight: Float[Array, " K"],
-    inverse: Float[Array, " T"],
+    eps: float,
+    offset: float = 0.0,
 ) -> Float[Array, "T K"]:
-    """Returns the gradient of x in `x * inverse * weight`, and in what it is used for beside that.
+    """Returns the gradient of x in `x * weight / sqrt(mean(x ** 2) + eps)` and beside it.
 
     Args:
         x: input of the norm; `refusal` says which.
         dy: gradient of its output.
         beside: gradient of x by other ways, in x's dtype.
-        weight: of the norm, float32.
-        inverse: one over the root mean square of each row, float32.
+        weight: of the norm, in any float dtype; float32 once it is loaded.
+        eps: added to the mean square.
+        offset: added to the weight.
     """
     num_rows, k = x.shape
     layout = mgpu.Layout.WG_STRIDED((k,), vec_size=_vector(k))
 
-    def body(x_g, dy_g, beside_g, weight_g, inverse_g, out_g):
+    def body(x_g, dy_g, beside_g, weight_g, out_g):
         first = jax.lax.axis_index("rows") * _ROWS
 
         def load(ref):
             return mgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
-        weight = load(weight_g)
+        weight = load(weight_g) + offset
 
         @mgpu.pl.loop(first, jnp.minimum(first + _ROWS, num_rows))
         def _(row):
             x, dy, beside = (load(ref.at[row]) for ref in (x_g, dy_g, beside_g))
-            inverse = inverse_g[row]
+            inverse = jax.lax.rsqrt(jnp.sum(x * x) * (1 / k) + eps)
             normed, dnormed = x * inverse, dy * weight
             shared = jnp.sum(dnormed * normed) * (1 / k)
             out_g[row] = (beside + (dnormed - normed * shared) * inverse).astype(out_g.dtype)
@@ -77,4 +79,4 @@ def norm_grad(
         grid=(-(-num_rows // _ROWS),),
         grid_names=("rows",),
         name="norm_grad",
-    )(x, dy, beside, weight, inverse)
+    )(x, dy, beside, weight)

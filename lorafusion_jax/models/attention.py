@@ -204,7 +204,7 @@ def _guarded(what: tuple[Callable, Scoring], q, k, v, segments: Segments, rotary
 
 def _guarded_forward(what, q, k, v, segments: Segments, rotary: Rotary | None):
     function, scoring = what
-    bad = _samples_with(_nonfinite(q) | _nonfinite(k) | _nonfinite(v), segments.start)
+    bad = _nonfinite(q) | _nonfinite(k) | _nonfinite(v)
     finite = tuple(_finite_or_zero(x) for x in (q, k, v))
 
     def attend(q, k, v):

@@ -58,15 +58,12 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        return rms_norm(x, self._factor(x), self.eps)
+        acc = jnp.promote_types(x.dtype, jnp.float32)
+        return rms_norm(x, self.offset + self.weight[...].astype(acc), self.eps)
 
     def beside(self, x: Float[Array, "T d"]) -> tuple[Float[Array, "T d"], Float[Array, "T d"]]:
         """Returns x, for what else it is used for, and the norm of it: see `norm_beside`."""
-        return norm_beside(x, self._factor(x), self.eps)
-
-    def _factor(self, x: Array) -> Array:
-        acc = jnp.promote_types(x.dtype, jnp.float32)
-        return self.offset + self.weight[...].astype(acc)
+        return norm_beside(x, self.weight[...], self.eps, self.offset)
 
 
 def final_norm(config: ModelConfig, *, dtype: DTypeLike) -> RMSNorm:

@@ -61,33 +61,35 @@ def _rms_norm_backward(eps: float, residuals, dout):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def norm_beside(
-    x: Float[Array, "T d"], weight: Float[Array, " d"], eps: float
+    x: Float[Array, "T d"], weight: Float[Array, " d"], eps: float, offset: float = 0.0
 ) -> tuple[Float[Array, "T d"], Float[Array, "T d"]]:
-    """Returns x and `rms_norm(x)`, for a residual stream that goes on beside its norm.
+    """Returns x and its norm, for a residual stream that goes on beside the norm.
 
     The backward pass adds up both gradients of x; on a Hopper GPU in one kernel that reads each
-    row once.
+    row once, and then x is all that is kept.
 
     Args:
-        x: see `rms_norm`, and so for all others.
-        weight: frozen.
+        x: see `rms_norm`.
+        weight: frozen, without gradient.
         eps: added to the mean square.
+        offset: added to the weight in float32, such as Gemma's 1.
     """
-    return x, rms_norm(x, weight, eps)
+    return _norm_beside_forward(x, weight, eps, offset)[0]
 
 
-def _norm_beside_forward(x, weight, eps: float):
-    out, residuals = _rms_norm_forward(x, weight, eps)
-    return (x, out), residuals
+def _norm_beside_forward(x, weight, eps: float, offset: float):
+    factor = offset + weight.astype(jnp.promote_types(x.dtype, jnp.float32))
+    out, (_, _, inverse) = _rms_norm_forward(x, factor, eps)
+    return (x, out), (x, weight, inverse if refusal(x) else None)
 
 
-def _norm_beside_backward(eps: float, residuals, cotangents):
+def _norm_beside_backward(eps: float, offset: float, residuals, cotangents):
     (beside, dout), (x, weight, inverse) = cotangents, residuals
-    if refusal(x) is None:
-        return norm_grad(x, dout, beside, weight, inverse[:, 0]), None
-    return beside + norm_gradient(*residuals, dout), None
+    if inverse is None:
+        return norm_grad(x, dout, beside, weight, eps, offset), None
+    return beside + norm_gradient(x, offset + weight.astype(inverse.dtype), inverse, dout), None
 
 
 norm_beside.defvjp(_norm_beside_forward, _norm_beside_backward)
