@@ -4,10 +4,10 @@
 bits. An implementation refuses what it cannot do with a reason (NotImplementedError), and the next
 one is taken.
 
-A masked product still turns `0 * NaN` into NaN. So what is not finite is zero on the way in, and
-samples that hold any of it are NaN on the way out, or flagged to become NaN, forward and backward,
-whatever the implementation: the whole sample is NaN, and no other sample changes by a bit. Padding
-rows are samples of one row.
+A masked product still turns `0 * NaN` into NaN. So what is not finite, or so large that a product
+of two might not be, is zero on the way in, and samples that hold any of it are NaN on the way out,
+or flagged to become NaN, forward and backward, whatever the implementation: the whole sample is
+NaN, and no other sample changes by a bit. Padding rows are samples of one row.
 """
 
 from collections.abc import Callable
@@ -204,23 +204,23 @@ def _guarded(what: tuple[Callable, Scoring], q, k, v, segments: Segments, rotary
 
 def _guarded_forward(what, q, k, v, segments: Segments, rotary: Rotary | None):
     function, scoring = what
-    bad = _nonfinite(q) | _nonfinite(k) | _nonfinite(v)
-    finite = tuple(_finite_or_zero(x) for x in (q, k, v))
+    bad = _samples_with(_unusable(q) | _unusable(k) | _unusable(v), segments.start)
 
     def attend(q, k, v):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return function(q, k, v, segments, scoring)
 
-    out, pull = jax.vjp(attend, *finite)
-    bad = _samples_with(bad | _nonfinite(out), segments.start)
+    out, pull = jax.vjp(attend, *(_usable_or_zero(x) for x in (q, k, v)))
+    if out.dtype == jnp.float16:  # its range is too small for the promise of `_bound`
+        bad = _samples_with(bad | ~jnp.all(jnp.isfinite(out), axis=(1, 2)), segments.start)
     return (out, bad), (pull, bad, segments)
 
 
 def _guarded_backward(what, residuals, cotangents):
     (pull, bad, segments), (dout, _) = residuals, cotangents
-    bad = _samples_with(bad | _nonfinite(dout), segments.start)
-    gradients = pull(_finite_or_zero(dout))
+    bad = _samples_with(bad | _unusable(dout), segments.start)
+    gradients = pull(_usable_or_zero(dout))
     return (*(_fill(bad, gradient, jnp.nan) for gradient in gradients), None, None)
 
 
@@ -228,16 +228,16 @@ _guarded.defvjp(_guarded_forward, _guarded_backward)
 
 
 def _bound(x: Array) -> Array:
-    """What is no larger counts as finite: it stays so when it is rotated."""
-    return jnp.asarray(jnp.finfo(x.dtype).max / 2, x.dtype)
+    """What is larger is as good as not finite: products and sums of what is not are finite."""
+    return jnp.asarray(min(1e17, float(jnp.finfo(x.dtype).max) / 2), x.dtype)
 
 
-def _nonfinite(x: Float[Array, "T _ _"]) -> Bool[Array, " T"]:
-    # By the maximum, as XLA would write down and read again what it shares with `_finite_or_zero`.
+def _unusable(x: Float[Array, "T _ _"]) -> Bool[Array, " T"]:
+    # By the maximum, as XLA would write down and read again what it shares with `_usable_or_zero`.
     return ~(jnp.max(jnp.abs(x), axis=(1, 2)) <= _bound(x))
 
 
-def _finite_or_zero(x: Array) -> Array:
+def _usable_or_zero(x: Array) -> Array:
     """Element by element: XLA does it where x is needed, in the rotary embedding's own pass."""
     return jnp.where(jnp.abs(x) <= _bound(x), x, jnp.zeros((), x.dtype))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.models import attention_xla as module
+from lorafusion_jax.models.attention import _bound as module_bound
 from lorafusion_jax.models.attention import attention, attention_and_flags, cached_attention
 from lorafusion_jax.models.rotary import Rotary, rotate
 from tests.models.tiny import packed
@@ -173,8 +174,7 @@ def test_what_is_finite_until_it_is_rotated_stays_in_its_sample(rng, which):
     def inside(q, k, v, segments):
         return attention_and_flags(q, k, v, segments, rotary=rotary)
 
-    largest = float(np.finfo(np.float32).max)
-    inputs[which] = inputs[which].at[14].set(largest)
+    inputs[which] = inputs[which].at[14].set(float(np.finfo(np.float32).max))
     assert not np.isfinite(rotate(inputs[which], rotary)[14]).all()
     out, bad = inside(*inputs[:3], segments)
     gradients = value_and_gradients(lambda *args: inside(*args)[0], *inputs, segments)[1]
@@ -182,6 +182,23 @@ def test_what_is_finite_until_it_is_rotated_stays_in_its_sample(rng, which):
     assert np.flatnonzero(bad).tolist() == sample.tolist() and np.isfinite(out).all()
     for x in gradients:
         assert np.flatnonzero(np.isnan(x).any(axis=(1, 2))).tolist() == sample.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_what_is_just_usable_gives_finite_values(rng, dtype):
+    """The bound keeps its promise, to neighbours too, and what is beyond it is never hidden."""
+    _, segments = packed(LENGTHS, ROWS)
+    inputs = [x.astype(dtype) for x in random_inputs(rng)]
+    signs = [jnp.sign(x) for x in inputs]
+    large = [x * module_bound(x) for x in signs]
+    out = np.asarray(attention(*large[:3], segments), np.float32)
+    whole = np.isfinite(out).all(axis=(1, 2)) | np.isnan(out).all(axis=(1, 2))
+    assert whole.all() if dtype == np.float16 else np.isfinite(out).all()
+    mixed = [big.at[FIRST].set(x[FIRST]) for x, big in zip(inputs, large, strict=True)]
+    found, clean = (value_and_gradients(attention, *x, segments) for x in (mixed, inputs))
+    assert_bit_equal(*(jax.tree.map(lambda x: x[FIRST], tree) for tree in (found, clean)))
+    large[0] = large[0] * jnp.asarray(1.01, dtype)
+    assert np.isnan(np.asarray(attention(*large[:3], segments), np.float32)).all()
 
 
 def stored_sizes(function, q, k, v, where) -> list[int]:
