@@ -55,7 +55,8 @@ def norm_gradient(
 
 
 def _rms_norm_backward(eps: float, residuals, dout):
-    return norm_gradient(*residuals, dout), None
+    x, weight, inverse = residuals
+    return norm_gradient(x, weight, inverse, dout), None
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
