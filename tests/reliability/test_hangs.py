@@ -179,7 +179,7 @@ def growth(tmp_path, leak: int) -> dict[str, int]:
 def test_nothing_grows_over_five_hundred_steps(tmp_path):
     grown = growth(tmp_path, 0)
     for name in ("files", "threads", "arrays", "programs"):
-        assert grown[name] <= 0, grown
+        assert grown[name] <= 0, f"{name}: {grown}"
     assert grown["objects"] < 500 and grown["resident"] < 32 << 20, grown
     assert grown["python"] < 300_000, grown
 
