@@ -17,9 +17,9 @@ step() {  # step SECONDS NAME COMMAND...
     [ "$code" -eq 0 ] || failed=1
 }
 
-# Most of the time goes into compilation, on one core each: four or eight workers share the GPU.
+# Most of the time goes into compilation, on one core each: up to eight workers share the GPU.
 workers=()
-"$PY" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 32 ? 4 : 8))" -p no:benchmark)
+"$PY" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 16 ? 4 : 8))" -p no:benchmark)
 fast=()
 [ -z "${QUICK:-}" ] || fast=(--ignore tests/reliability/test_sanitizers.py)
 step 450 "pytest -m gpu" "$PY" -m pytest -v -m gpu "${workers[@]}" "${fast[@]}" --durations=8 "$@"

@@ -343,7 +343,7 @@ def profile_ticks(bench: Bench, slots: list[Slot]) -> Row:
     stream = Stream(bench.pipeline, bench.frozen, hyper_of(bench.adapters), slots[: 3 * TICKS])
     state = bench.state(slots[0])
     profile = profiled(lambda: jax.block_until_ready(stream.run(state, TICKS)))
-    print(profile.heaviest(stream.ticks))
+    print(profile.heaviest(stream.ticks), profile.waits(stream.ticks), sep="\n")
     return dict(profile.by_class(stream.ticks))
 
 

@@ -86,6 +86,28 @@ class Profile(NamedTuple):
         ranked = sorted(totals.items(), key=lambda item: -item[1])[:count]
         return "\n".join(f"{total / shares:9.3f} ms  {name[:80]}" for name, total in ranked)
 
+    def waits(self, parts: int, count: int = 10) -> str:
+        """Returns the kernels that devices idled before, a line each, with the idle time of a part.
+
+        The first kernel of a device has no time before it. The profiler itself lengthens gaps.
+        """
+        totals: dict[str, tuple[float, int]] = {}
+        devices = {event.device for event in self.events}
+        for device in devices:
+            until = None
+            for event in sorted((e for e in self.events if e.device == device), key=_start):
+                name = _NUMBER.sub("", event.kernel)
+                if until is not None and event.start > until:
+                    idle, times = totals.get(name, (0.0, 0))
+                    totals[name] = (idle + event.start - until, times + 1)
+                until = max(until or 0.0, event.start + event.duration)
+        shares = parts * len(devices)
+        ranked = sorted(totals.items(), key=lambda item: -item[1][0])[:count]
+        return "\n".join(
+            f"{idle / shares / 1e6:9.3f} ms idle before {times / shares:6.1f}  {name[:80]}"
+            for name, (idle, times) in ranked
+        )
+
 
 def profiled(call: Callable[[], object]) -> Profile:
     """Runs a call, which waits for the devices before it returns, under the profiler."""
@@ -107,10 +129,14 @@ def _device_events(path: Path) -> Iterator[Event]:
                         yield Event(plane.name, event.name, event.start_ns, event.duration_ns)
 
 
+def _start(event: Event) -> float:
+    return event.start
+
+
 def _busy(events: list[Event]) -> float:
     """Nanoseconds in which at least one of the kernels ran."""
     total, until = 0.0, 0.0
-    for event in sorted(events, key=lambda event: event.start):
+    for event in sorted(events, key=_start):
         end = event.start + event.duration
         total += max(0.0, end - max(until, event.start))
         until = max(until, end)

@@ -339,7 +339,7 @@ def measure(setup: Setup, system: str, lengths: str, options: argparse.Namespace
     if options.profile:
         batches = found["batches"][-2:]
         profile = profiled(lambda: program.run(batches))
-        print(profile.heaviest(len(batches)))
+        print(profile.heaviest(len(batches)), profile.waits(len(batches)), sep="\n")
         row |= profile.by_class(len(batches))
     return row
 

@@ -404,16 +404,13 @@ class DeviceProgram:
         loss, tokens = lax.psum((sums.loss, sums.tokens), DATA)
         assert self.hyper is not None
         hyper = self.hyper._replace(loss_limit=limit.astype(loss.dtype))
-        params, opt, info = optimizer.gated_update(
+        params, grads, opt, info = optimizer.gated_update(
             {"a": bank.a, "b": bank.b}, opt, {"a": a, "b": b}, loss, ended, hyper, norm
         )
-
-        def emptied(x):
-            return jnp.where(ended.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
-
         bank = bank._replace(a=params["a"], b=params["b"])
         report = StepReport(info.applied, loss, tokens, info.grad_norm, info.lr)
-        return bank, opt, jax.tree.map(emptied, sums), report
+        loss, tokens = jnp.where(ended, 0.0, sums.loss), jnp.where(ended, 0, sums.tokens)
+        return bank, opt, Sums(grads, loss, tokens), report
 
     def sum_ranks(self, grads: Adapters, ended) -> Adapters:
         """Sums the gradients of the ended slots, and of no others, over the data ranks."""

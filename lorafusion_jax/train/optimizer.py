@@ -6,6 +6,7 @@ jobs with other values, schedules or lengths run the same compiled program. Only
 optimizer *names* in use is static.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -126,25 +127,85 @@ def _where_slot(mask: Bool[Array, " slots"], new: PyTree, old: PyTree) -> PyTree
     return jax.tree.map(select, new, old)
 
 
-def _slot_update(
-    name: str,
-    hyper: Hyper,
-    lr: Array,
-    norm: Array,
-    moments: PyTree,
-    params: PyTree,
-    grads: PyTree,
-) -> tuple[PyTree, PyTree]:
-    """One slot's new parameters and moments; clips as optax does."""
+class _PerSlot(NamedTuple):
+    """What moves a stack besides its gradients and moments: [slots] each, the same for all."""
 
-    def clip(g: Array) -> Array:
-        return jnp.where(norm < hyper.max_grad_norm, g, g / norm * hyper.max_grad_norm)
+    hyper: Hyper
+    lr: Float[Array, " slots"]
+    norm: Float[Array, " slots"]
+    ended: Bool[Array, " slots"]
+    gates: dict[str, Bool[Array, " slots"]]
+    """Per optimizer, which slots it moves."""
 
-    updates, moments = transform(name, hyper).update(jax.tree.map(clip, grads), moments, params)
-    rates = {"a": lr, "b": lr * hyper.lora_plus_ratio}
-    rates = {half: jax.tree.map(lambda _, rate=rates[half]: rate, params[half]) for half in params}
-    new = jax.tree.map(lambda p, u, rate: p - rate * u, params, updates, rates)
-    return new, moments
+
+def _apart[T: PyTree](stack: Array, values: T) -> tuple[Array, T]:
+    """Returns a stack and per-slot values apart from those that come with other stacks.
+
+    XLA joins loops that read the same values into kernels of some sixty operands, which are slow to
+    run. Behind a barrier each stack has its own; packed into one array, they are one operand more.
+    """
+    leaves, structure = jax.tree.flatten(values)
+    packed = jnp.stack([leaf.astype(jnp.float32) for leaf in leaves])
+    stack, packed = jax.lax.optimization_barrier((stack, packed))
+    own = [new.astype(old.dtype) for new, old in zip(packed, leaves, strict=True)]
+    return stack, structure.unflatten(own)
+
+
+# Traced and lowered once for each shape, where a model has hundreds of stacks.
+@partial(jax.jit, static_argnames="side")
+def _update_stack(
+    side: str,
+    per_slot: _PerSlot,
+    moments: dict[str, PyTree],
+    params: Float[Array, "slots r_max _"],
+    grads: Float[Array, "slots r_max _"],
+) -> tuple[Array, Array, dict[str, PyTree]]:
+    """Returns new values, gradients and moments of one stack of A (side "a") or B."""
+    parts, structure = jax.tree.flatten(moments)
+    counts = {i: part for i, part in enumerate(parts) if part.ndim == 1}
+    params, (per_slot, counts) = _apart(params, (per_slot, counts))
+    moments = structure.unflatten([counts.get(i, part) for i, part in enumerate(parts)])
+    hyper, lr, norm, ended, gates = per_slot
+
+    def of_one_slot(name: str, hyper: Hyper, lr, norm, moments, params, grads):
+        """Clips as optax does."""
+        clipped = jnp.where(norm < hyper.max_grad_norm, grads, grads / norm * hyper.max_grad_norm)
+        updates, moments = transform(name, hyper).update(clipped, moments, params)
+        rate = lr * hyper.lora_plus_ratio if side == "b" else lr
+        return params - rate * updates, moments
+
+    for name, old in moments.items():
+        new = jax.vmap(partial(of_one_slot, name))(hyper, lr, norm, old, params, grads)
+        params, moments[name] = _where_slot(gates[name], new, (params, old))
+    return params, _where_slot(ended, jnp.zeros_like(grads), grads), moments
+
+
+def _update_stacks(
+    per_slot: _PerSlot, moments: dict[str, PyTree], params: Adapters, grads: Adapters
+) -> tuple[Adapters, Adapters, dict[str, PyTree]]:
+    """Returns new parameters, gradients and moments, stack by stack."""
+    stacks, inside = jax.tree.flatten_with_path(params)
+
+    def of_a_stack(part: PyTree) -> bool:
+        return jax.tree.structure(part) == inside
+
+    # A moment has the structure of the parameters; a count, one value per slot, serves all stacks.
+    parts, around = jax.tree.flatten(moments, is_leaf=of_a_stack)
+    columns = [
+        inside.flatten_up_to(part) if of_a_stack(part) else [part] * len(stacks) for part in parts
+    ]
+    rows = zip(stacks, jax.tree.leaves(grads), zip(*columns, strict=True), strict=True)
+    updated = [
+        _update_stack(path[0].key, per_slot, around.unflatten(held), stack, gradient)
+        for (path, stack), gradient, held in rows
+    ]
+    new_stacks, new_grads, new_moments = zip(*updated, strict=True)
+    columns = zip(*map(around.flatten_up_to, new_moments), strict=True)
+    moments = around.unflatten(
+        inside.unflatten(column) if of_a_stack(part) else column[0]
+        for part, column in zip(parts, columns, strict=True)
+    )
+    return inside.unflatten(new_stacks), inside.unflatten(new_grads), moments
 
 
 def slot_norms(grads: Adapters) -> Float[Array, " slots"]:
@@ -169,7 +230,7 @@ def gated_update(
     ended: Bool[Array, " slots"],
     hyper: Hyper,
     norm: Float[Array, " slots"] | None = None,
-) -> tuple[Adapters, OptState, UpdateInfo]:
+) -> tuple[Adapters, Adapters, OptState, UpdateInfo]:
     """Updates the slots whose global batch ended with finite loss and gradient; freezes the rest.
 
     A non-finite gradient, gradient norm or loss rejects the slot's whole global batch: its
@@ -184,6 +245,10 @@ def gated_update(
         ended: slots whose global batch is complete.
         hyper: hyper-parameters.
         norm: norm of each slot's whole gradient, where `grads` is one pipeline stage's part of it.
+
+    Returns:
+        The new stacks, the gradients with zeros in the slots that ended, the new state, and what
+        was done.
     """
     norm = slot_norms(grads) if norm is None else norm
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -191,20 +256,16 @@ def gated_update(
     good = finite if hyper.loss_limit is None else finite & (loss <= hyper.loss_limit)
     applied, rejected = live & good, live & ~good
     lr = learning_rate(hyper, state.count)
-    moments = {}
-    for name, old in state.moments.items():
-        update = jax.vmap(lambda *args, name=name: _slot_update(name, *args))
-        new_params, new_moments = update(hyper, lr, norm, old, params, grads)
-        gate = applied & (hyper.kind == OPTIMIZERS.index(name))
-        params = _where_slot(gate, new_params, params)
-        moments[name] = _where_slot(gate, new_moments, old)
+    gates = {n: applied & (hyper.kind == OPTIMIZERS.index(n)) for n in state.moments}
+    per_slot = _PerSlot(hyper, lr, norm, ended, gates)
+    params, grads, moments = _update_stacks(per_slot, state.moments, params, grads)
     new_state = OptState(
         moments=moments,
         count=state.count + applied,
         rejected=state.rejected + rejected,
         frozen=state.frozen | (live & ~finite & hyper.freeze_on_nonfinite),
     )
-    return params, new_state, UpdateInfo(applied, norm, lr)
+    return params, grads, new_state, UpdateInfo(applied, norm, lr)
 
 
 def reset_slot[T: PyTree](state: T, slot: int) -> T:

@@ -173,24 +173,16 @@ def update_step(
     """
     bank = state.bank
     a, b = mask_gradients(bank, state.grads["a"], state.grads["b"])
-    params, opt, info = optimizer.gated_update(
+    params, grads, opt, info = optimizer.gated_update(
         adapters_of(bank), state.opt, {"a": a, "b": b}, state.loss, ended, hyper
     )
-
-    # The accumulators are emptied in place, once the update has read them: without this order XLA
-    # keeps copies of most of them for it.
-    params, grads = jax.lax.optimization_barrier((params, state.grads))
-
-    def emptied(x):
-        return jnp.where(ended.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
-
     report = StepReport(info.applied, state.loss, state.tokens, info.grad_norm, info.lr)
     state = TrainState(
         bank=bank._replace(a=params["a"], b=params["b"]),
         opt=opt,
-        grads=jax.tree.map(emptied, grads),
-        loss=emptied(state.loss),
-        tokens=emptied(state.tokens),
+        grads=grads,
+        loss=jnp.where(ended, 0.0, state.loss),
+        tokens=jnp.where(ended, 0, state.tokens),
     )
     return state, report
 

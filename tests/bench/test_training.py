@@ -128,6 +128,8 @@ def test_a_profile_counts_what_runs_side_by_side_once_as_busy():
     assert found.by_class(2) == {"ms_gemm": 4.0, "ms_exchange": 0.5, "ms_idle": 1.0}
     lines = [line.split() for line in found.heaviest(2, 2).splitlines()]
     assert lines == [["3.000", "ms", "nvjet_b"], ["1.000", "ms", "nvjet_a"]]
+    waits = [line.split() for line in found.waits(2).splitlines()]
+    assert waits == [["0.500", "ms", "idle", "before", "0.2", "nvjet_b"]]
     assert Profile([], 1.0).by_class(2) == {}
 
 

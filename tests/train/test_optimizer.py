@@ -82,7 +82,7 @@ def test_each_slot_does_what_optax_does_alone(rng, name):
     step = jax.jit(lambda g, s, p: reference.update(g, s, p))
     for _ in range(4):
         grads = tree(rng, 2.0)
-        params, state, info = update(params, state, grads, NO_LOSS, ends(0, 1, 2), h)
+        params, _, state, info = update(params, state, grads, NO_LOSS, ends(0, 1, 2), h)
         changes, alone_state = step(slot(grads, 1), alone_state, alone)
         alone = optax.apply_updates(alone, changes)
         assert info.applied.all()
@@ -95,12 +95,24 @@ def test_an_absent_slot_keeps_every_bit(rng):
     params = tree(rng)
     state = init(params, ("adamw",), SLOTS)
     # First a step of all, so that there is momentum to move on.
-    params, state, _ = update(params, state, tree(rng), NO_LOSS, ends(0, 1, 2), hyper())
+    params, _, state, _ = update(params, state, tree(rng), NO_LOSS, ends(0, 1, 2), hyper())
     before = slot((params, state), 1)
     for _ in range(3):
-        params, state, _ = update(params, state, tree(rng), NO_LOSS, ends(0, 2), hyper())
+        params, _, state, _ = update(params, state, tree(rng), NO_LOSS, ends(0, 2), hyper())
     assert_bit_equal(slot((params, state), 1), before)
     assert state.count.tolist() == [4, 1, 4]
+
+
+def test_accumulators_are_emptied_where_a_batch_ended(rng):
+    """Applied or rejected; those of others keep their bits."""
+    params, grads = tree(rng), tree(rng)
+    grads["a"] = jax.tree.map(lambda g: g.at[0].set(np.nan), grads["a"])
+    state = init(params, ("adamw", "sgd"), SLOTS)
+    _, held, _, info = update(params, state, grads, NO_LOSS, ends(0, 2), hyper())
+    assert info.applied.tolist() == [False, False, True]
+    assert_bit_equal(slot(held, 1), slot(grads, 1))
+    for ended in (0, 2):
+        assert_bit_equal(slot(held, ended), jax.tree.map(jnp.zeros_like, slot(grads, ended)))
 
 
 @pytest.mark.scenario("C4")
@@ -118,7 +130,7 @@ def test_plain_adamw_on_the_stack_moves_an_absent_slot(rng):
 def test_a_non_finite_gradient_rejects_its_slot_only(rng, poison):
     params, h = tree(rng), hyper()
     state = init(params, ("adamw",), SLOTS)
-    params, state, _ = update(params, state, tree(rng), NO_LOSS, ends(0, 1, 2), h)
+    params, _, state, _ = update(params, state, tree(rng), NO_LOSS, ends(0, 1, 2), h)
     grads = tree(rng)
     bad = jax.tree.map(lambda g: g, grads)
     bad["b"]["x"] = bad["b"]["x"].at[1, 2, 3].set(poison)
@@ -127,10 +139,10 @@ def test_a_non_finite_gradient_rejects_its_slot_only(rng, poison):
     for other in (0, 2):
         assert_bit_equal(slot(got, other), slot(good, other))
     assert_bit_equal(slot(got[0], 1), slot(params, 1))
-    assert_bit_equal(slot(got[1].moments, 1), slot(state.moments, 1))
-    assert got[1].count.tolist() == [2, 1, 2]
-    assert got[1].rejected.tolist() == [0, 1, 0]
-    assert got[2].applied.tolist() == [True, False, True]
+    assert_bit_equal(slot(got[2].moments, 1), slot(state.moments, 1))
+    assert got[2].count.tolist() == [2, 1, 2]
+    assert got[2].rejected.tolist() == [0, 1, 0]
+    assert got[3].applied.tolist() == [True, False, True]
 
 
 @pytest.mark.scenario("C3")
@@ -140,7 +152,7 @@ def test_a_non_finite_loss_rejects_too(rng):
     result = update(
         params, init(params, ("adamw",), SLOTS), tree(rng), loss, ends(0, 1, 2), hyper()
     )
-    assert result[2].applied.tolist() == [True, False, True]
+    assert result[3].applied.tolist() == [True, False, True]
 
 
 def test_a_gate_that_ignores_finiteness_is_caught(rng):
@@ -156,10 +168,10 @@ def test_freeze_holds_for_good_and_skip_goes_on(rng):
     h = hyper(freeze_on_nonfinite=jnp.asarray([False, True, False]))
     state = init(params, ("adamw",), SLOTS)
     poison = jax.tree.map(lambda g: g.at[:2].set(np.nan), tree(rng))
-    params, state, _ = update(params, state, poison, NO_LOSS, ends(0, 1, 2), h)
+    params, _, state, _ = update(params, state, poison, NO_LOSS, ends(0, 1, 2), h)
     assert state.frozen.tolist() == [False, True, False]
     before = slot((params, state), 1)
-    params, state, info = update(params, state, tree(rng), NO_LOSS, ends(0, 1, 2), h)
+    params, _, state, info = update(params, state, tree(rng), NO_LOSS, ends(0, 1, 2), h)
     assert info.applied.tolist() == [True, False, True]
     assert_bit_equal(slot((params, state), 1), before)
     assert state.rejected.tolist() == [1, 1, 0]
@@ -195,7 +207,7 @@ def test_an_optimizer_of_another_name_leaves_the_slot_alone(rng):
     h = hyper(kind=jnp.asarray([0, 2, 0]), max_grad_norm=np.inf)
     state = init(params, ("adamw", "sgd"), SLOTS)
     grads = tree(rng)
-    result, new, _ = update(params, state, grads, NO_LOSS, ends(0, 1, 2), h)
+    result, _, new, _ = update(params, state, grads, NO_LOSS, ends(0, 1, 2), h)
     assert_bit_equal(slot(new.moments["adamw"], 1), slot(state.moments["adamw"], 1))
     assert_bit_equal(slot(new.moments["sgd"], 0), slot(state.moments["sgd"], 0))
     expected = jax.tree.map(lambda p, g: p - np.float32(1e-2) * g, params, grads)
@@ -246,7 +258,7 @@ def test_lora_plus_multiplies_the_rate_of_b_alone(rng, kind):
     def moved(ratio):
         h = hyper(kind=OPTIMIZERS.index(kind), lora_plus_ratio=ratio)
         state = init(params, (kind,), SLOTS)
-        new, _, _ = gated_update(params, state, grads, jnp.ones(SLOTS), ended, h)
+        new, *_ = gated_update(params, state, grads, jnp.ones(SLOTS), ended, h)
         return jax.tree.map(lambda a, b: a - b, new, params)
 
     plain, plus = moved(1.0), moved(jnp.asarray([1.0, 4.0, 4.0]))
