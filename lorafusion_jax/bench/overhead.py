@@ -83,22 +83,20 @@ def run_loop(program: Stepper, make: Make, count: int) -> float:
         count: microbatches.
     """
 
-    def ready(index: int) -> tuple[PackedBatch, np.ndarray]:
-        batch = make(index)
-        return jax.device_put(batch), np.asarray(batch.batch_end)
-
     def ahead(index: int) -> range:
         return range(index + 1, min(index + 1 + AHEAD, count))
 
-    feed, under_way = Feed(ready), []
+    feed, under_way = Feed(make), []
     try:
-        batch, ends = feed.get(0, ahead(0))  # as in the middle of a run: the first is there already
+        packed = feed.get(0, ahead(0))  # as in the middle of a run: the first is there already
         start = time.perf_counter()
         for index in range(count):
             if index:
-                batch, ends = feed.get(index, ahead(index))
+                packed = feed.get(index, ahead(index))
+            batch = jax.device_put(packed)  # by this thread: see `lorafusion_jax.train.loop`
             loss = program.step(batch)
-            under_way.append((loss, program.update(batch.batch_end) if np.any(ends) else None))
+            ended = np.any(packed.batch_end)
+            under_way.append((loss, program.update(batch.batch_end) if ended else None))
             if len(under_way) > IN_FLIGHT:
                 loss, report = under_way.pop(0)
                 jax.block_until_ready(loss)

@@ -103,7 +103,7 @@ class Run:
         for job in self.jobs:
             self.progress.setdefault(job.name, JobProgress())
         self._generation = 0
-        self._feed = Feed(self._make)
+        self._feed = Feed(self._pack)
         self._place_rows()
         self._guard = SpikeGuard(spike_configs(self.jobs), self.progress, lag=self._known_after)
         self._outcomes = Outcomes(
@@ -139,7 +139,7 @@ class Run:
         """Starts to compile the programs in the background."""
         if self.cursor < len(self.schedule.plan.microbatches):
             example = self.evaluator.example(self._num_slots)
-            batch, _ = self._feed.get(self._want(self.cursor))
+            batch = self._feed.get(self._want(self.cursor))
             self.programs.announce(self.state, self._hyper, batch, example)
 
     def evaluate_base(self, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -326,10 +326,14 @@ class Run:
         """Dispatches one microbatch, and the update of the slots whose global batch it ends."""
         last = min(index + AHEAD, len(self.schedule.plan.microbatches) - 1)
         ahead = [self._want(coming) for coming in range(index + 1, last + 1)]
-        batch, ends = self._feed.get(self._want(index), ahead)
+        packed = self._feed.get(self._want(index), ahead)
+        # Transferred here and not by the thread that packs: what is allocated while a step is
+        # dispatched comes to lie behind its temporaries, and keeps those of a later step, one
+        # piece of half an H100, from the only place where they fit.
+        batch = jax.device_put(packed)
         self.state, loss = self.programs.train(self.state, batch)
         report = None
-        if np.any(ends):
+        if np.any(packed.batch_end):
             hyper = self._with_limits(index)
             self.state, report = self.programs.update(self.state, hyper, batch.batch_end)
         self._outcomes.dispatched(index, loss, report)
@@ -399,12 +403,8 @@ class Run:
         live = frozenset(name for name in self._rows if self._is_live(name))
         return _Want(self._generation, index, live)
 
-    def _make(self, want: _Want) -> tuple[PackedBatch, np.ndarray]:
-        """Packs a microbatch and puts it on the device; also says, on the host, what ends."""
-        batch = self._pack(want)
-        return jax.device_put(batch), np.asarray(batch.batch_end)
-
     def _pack(self, want: _Want) -> PackedBatch:
+        """Packs a microbatch, on the host; see `_train` for why not further."""
         batch, _ = pack(
             self.schedule.plan.microbatches[want.index],
             {name: self._rows[name] for name in want.live},
