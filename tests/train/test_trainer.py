@@ -254,7 +254,7 @@ def test_only_the_dispatching_thread_allocates_on_the_device(tmp_path, monkeypat
         return packed[-1]
 
     monkeypatch.setattr(loop.Run, "_pack", keep)
-    trainer(tmp_path / "out").train()
+    trainer(tmp_path / "out").fit()
     assert threads and set(threads) == {threading.main_thread()}
     assert packed and not any(isinstance(x, jax.Array) for x in jax.tree.leaves(packed))
 
