@@ -80,6 +80,13 @@ def unknown_skips(reasons) -> list[str]:
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Lets a test's reports say which scenarios it shows, also where another process reads them."""
+    for item in items:
+        shown = [name for mark in item.iter_markers("scenario") for name in mark.args]
+        item.user_properties.extend(("scenario", name) for name in shown)
+
+
 _skip_reasons: list[str] = []
 
 

@@ -134,9 +134,9 @@ def fused_rows(bench: "Bench") -> list[dict]:
         for impl, passes in found.items():
             us = sum(passes.values())
             share = pair.moved / max(us, 1e-9) / 1e6
-            rows.append(
-                bench.row(impl, us / 1e3, floor, part="fused", us=round(us, 2), tb_per_s=share)
-            )
+            row = bench.row(impl, us / 1e3, floor, part="fused", us=round(us, 2), tb_per_s=share)
+            # These count the work of a whole layer.
+            rows.append({k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")})
             kernels = "  ".join(f"{kernel[:40]} {value:.1f}" for kernel, value in passes.items())
             print(f"fused      {impl:<18} {us:8.1f} us {us / 1e3 / floor:7.3f}  {share:.2f} TB/s")
             print(f"             {kernels}", flush=True)

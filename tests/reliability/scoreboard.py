@@ -1,14 +1,15 @@
 """Runs every scenario that this machine can run and says what a release may promise.
 
-    python -m tests.reliability.scoreboard [--quick] [--only A3,B2] [--gpu] [--show]
+    python -m tests.reliability.scoreboard [--quick] [--only A3,B2] [--gpu [--workers N]] [--show]
 
 A scenario passes when all tests that carry its mark pass, one at least; a skipped test shows
 nothing. Results are kept in docs/results/<device>/reliability.json, and the table of
 docs/reliability.md is made from these files. With `--only`, the other rows stay as they were.
 `--quick` leaves out slow tests; with `--write` its results are kept, with a star where a slow test
 of the scenario was left out. `--gpu` runs the GPU tests instead and writes
-the file of that device: the only way in which a scenario that needs a GPU passes. `--show` runs
-nothing.
+the file of that device: the only way in which a scenario that needs a GPU passes. With `--workers`
+all GPU tests run, those of no scenario too, so many at a time; interrupted, that writes nothing.
+`--show` runs nothing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -54,12 +56,16 @@ class Recorder:
     Attributes:
         wanted: scenarios to run; others are left out.
         quick: slow tests are left out.
+        workers: processes that run the tests; 0 for this one, which alone can leave tests out.
         outcomes: worst outcome of each test (without its parameters) of each scenario.
     """
 
     wanted: frozenset[str]
     quick: bool = False
+    workers: int = 0
     outcomes: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    _left: set[str] = field(default_factory=set)
+    _cut: set[str] = field(default_factory=set)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
@@ -74,7 +80,8 @@ class Recorder:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Notes what will run."""
-        self._left = {item.nodeid for item in session.items}
+        if not self.workers:
+            self._left = {item.nodeid for item in session.items}
 
     @property
     def unfinished(self) -> set[str]:
@@ -88,10 +95,18 @@ class Recorder:
         if report.when != "call" and report.outcome == "passed":
             return
         test = report.nodeid.partition("[")[0]
-        for scenario in self._shows.get(report.nodeid, ()):
+        for scenario in self._shown(report):
             known = self.outcomes[scenario].get(test, report.outcome)
             worst = max(known, report.outcome, key=["passed", "skipped", "failed"].index)
             self.outcomes[scenario][test] = worst
+
+    def _shown(self, report: pytest.TestReport) -> set[str]:
+        if not self.workers:
+            return self._shows.get(report.nodeid, set())
+        # By what tests/conftest.py puts on the tests of the workers, which this plugin never sees.
+        return self.wanted & {
+            str(name) for key, name in report.user_properties if key == "scenario"
+        }
 
     def rows(self) -> list[Row]:
         """Returns one row per scenario that had a test, all of which have ended."""
@@ -123,26 +138,43 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def run(wanted: Iterable[str], *, quick: bool, gpu: bool) -> tuple[list[Row], set[str]]:
-    """Runs the tests of these scenarios.
+class Ran(NamedTuple):
+    """What running the tests of scenarios gave.
 
-    Returns:
-        Their rows, and the scenarios that an interruption (Ctrl-C) left without one.
+    Attributes:
+        rows: of the scenarios.
+        unfinished: scenarios that an interruption (Ctrl-C) left without one.
+        failed: some test failed.
+    """
+
+    rows: list[Row]
+    unfinished: set[str]
+    failed: bool
+
+
+def run(wanted: Iterable[str], *, quick: bool, gpu: bool, workers: int = 0) -> Ran:
+    """Runs the tests of these scenarios; with workers, all GPU tests.
 
     Raises:
         SystemExit: pytest could not run them.
     """
-    choice = "scenario and gpu" if gpu else "scenario and not gpu and not torch"
-    recorder = Recorder(frozenset(wanted), quick)
-    expression = choice + (" and not slow" if quick else "")
-    files = [str(path) for path in files_showing(recorder.wanted)]
-    if not files:
-        return [], set()
-    code = pytest.main(["-q", "-m", expression, "--no-header", *files], plugins=[recorder])
-    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
+    recorder = Recorder(frozenset(wanted), quick, workers)
+    ended = [pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED]
+    if workers:
+        spread = ["-v", "-n", str(workers), "-p", "no:benchmark", "--durations=8"]
+        code = pytest.main(["-m", "gpu", *spread], plugins=[recorder])
+    else:
+        choice = "scenario and gpu" if gpu else "scenario and not gpu and not torch"
+        expression = choice + (" and not slow" if quick else "")
+        files = [str(path) for path in files_showing(recorder.wanted)]
+        if not files:
+            return Ran([], set(), False)
+        code = pytest.main(["-q", "-m", expression, "--no-header", *files], plugins=[recorder])
+        ended.append(pytest.ExitCode.INTERRUPTED)
     if code not in ended:
         raise SystemExit(f"pytest stopped with {code!r}: nothing was written")
-    return recorder.rows(), recorder.unfinished
+    failed = code == pytest.ExitCode.TESTS_FAILED
+    return Ran(recorder.rows(), recorder.unfinished, failed)
 
 
 def files_showing(wanted: frozenset[str], root: Path = Path("tests")) -> list[Path]:
@@ -286,20 +318,23 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args()
+    if options.workers and not options.gpu:
+        parser.error("--workers is for --gpu")
     wanted = options.only.split(",")
     if unknown := [name for name in wanted if name not in SCENARIOS]:
         parser.error(f"no scenario {unknown[0]}")
     if options.show:
         _show(read_board())
         return 0
-    rows, unfinished = run(wanted, quick=options.quick, gpu=options.gpu)
-    wanted = [name for name in wanted if name not in unfinished]
+    ran = run(wanted, quick=options.quick, gpu=options.gpu, workers=options.workers)
+    wanted = [name for name in wanted if name not in ran.unfinished]
     board = read_board()
     device = _device() if options.gpu else "cpu"
     path = RESULTS / device / "reliability.json"
-    rows = merged(load(path), rows, wanted)
+    rows = merged(load(path), ran.rows, wanted)
     if options.quick and not options.write:
         board = Board({str(row["id"]): row for row in rows}, board.gpu)
     else:
@@ -307,7 +342,7 @@ def main() -> int:
         board = read_board()
         PAGE.write_text(rendered(PAGE.read_text("utf-8"), board), "utf-8")
     _show(board)
-    return int(any(row["result"] == "failed" for row in rows))
+    return int(ran.failed or any(row["result"] == "failed" for row in rows))
 
 
 def _write(path: Path, device: str, rows: list[Row]) -> None:

@@ -77,9 +77,13 @@ def test_other_tokens_would_be_seen(base, alone, truth, tmp_path):
         assert_error_ratio(other, alone["b"], truth["b"], factor=2)
 
 
+@pytest.fixture(scope="module")
+def halves(base, tmp_path_factory):
+    return trained(base, tmp_path_factory.mktemp("halves") / "run", stages=2)
+
+
 @two_devices
 @pytest.mark.scenario("C11")
 @pytest.mark.parametrize("name", COMPARED)
-def test_two_stages_err_no_more_than_one_device(base, together, truth, tmp_path, name):
-    halves = trained(base, tmp_path / "run", stages=2)
+def test_two_stages_err_no_more_than_one_device(halves, together, truth, name):
     assert_error_ratio(adapter(halves, name), adapter(together, name), truth[name], factor=2)

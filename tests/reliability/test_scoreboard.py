@@ -82,6 +82,21 @@ def test_an_unknown_scenario_is_refused(tmp_path):
     assert code == pytest.ExitCode.USAGE_ERROR
 
 
+def test_outcomes_of_workers_come_by_the_reports(tmp_path):
+    """In processes of their own, with the hook of this repository's conftest."""
+    pytest.importorskip("xdist")
+    (tmp_path / "test_cases.py").write_text(CASES)
+    hook = (ROOT / "tests" / "conftest.py").read_text().partition("def pytest_collection_modif")[2]
+    (tmp_path / "conftest.py").write_text(
+        "def pytest_collection_modif" + hook.partition("\n\n\n")[0] + "\n"
+    )
+    recorder = Recorder(frozenset({"A3", "B2"}), workers=2)
+    options = ["-q", "-n", "2", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    pytest.main([*options, "-c", "/dev/null", str(tmp_path)], plugins=[recorder])
+    found = {row["id"]: row["result"] for row in recorder.rows()}
+    assert found == {"A3": "passed", "B2": "failed"}
+
+
 def test_what_has_no_test_or_needs_a_gpu_counts_as_failed():
     everything = {name: "passed" for name in SCENARIOS}
     total = sum(s.weight for s in SCENARIOS.values())
