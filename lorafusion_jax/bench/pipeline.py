@@ -72,8 +72,10 @@ from lorafusion_sched.baselines import megatron, mlora
 from lorafusion_sched.gantt import gantt_html
 
 RANK, DROPOUT = 16, 0.1
-TRACED = 48
-"""Slots of the picture: every tick of theirs is timed."""
+TRACED = 24
+"""Slots whose every tick is timed, for the steady part and for the pages."""
+PICTURED = 48
+"""The same, of the run that is drawn."""
 SYSTEMS = ("ours", "mlora", "megatron")
 
 
@@ -290,11 +292,12 @@ def measure(
     state, calls = stream.run(bench.state(slots[0]), TICKS)
     stale = np.asarray([x.data for x in state.flow.stale.addressable_shards])
     del state  # its rings fill the device
-    part = replace(whole, microbatches=whole.microbatches[: TRACED * data])
-    part_stream = Stream(bench.pipeline, bench.frozen, hyper, slots[:TRACED])
+    traced_slots = PICTURED if picture else TRACED
+    part = replace(whole, microbatches=whole.microbatches[: traced_slots * data])
+    part_stream = Stream(bench.pipeline, bench.frozen, hyper, slots[:traced_slots])
     ends = part_stream.run(bench.state(slots[0]), 1)[1]
     seconds, valid = calls[-1], [bool(slot.valid.any()) for slot in slots]
-    real, seen = sum(valid), valid[:TRACED]
+    real, seen = sum(valid), valid[:traced_slots]
     ticks = np.diff(ends)
     # A short stream has no tick in which all stages are busy: its longest one stands for that.
     traced = full_tick(ticks, seen, stages) or float(ticks.max())
@@ -389,7 +392,7 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
                 first = system == "ours" and lengths == arguments.lengths[0]
                 drawn = picture if first and adapters == arguments.adapters[0] else None
                 row |= measure(bench, whole, jobs, backward, root, page, sizes, drawn)
-                if arguments.profile:
+                if arguments.profile and system == arguments.systems[0]:
                     row |= profile_ticks(bench, slots_of(whole, jobs, bench, sizes))
                 print(
                     f"{label} {adapters} adapters {system}: {row['tokens_per_s']:.0f} tokens/s "
@@ -430,7 +433,7 @@ def parser(prog: str, stages: int, model: str) -> argparse.ArgumentParser:
     made.add_argument("--order", default="auto", choices=("auto", "fbh", "bfh"))
     made.add_argument("--remat", default="auto", choices=("auto", *REMAT_POLICIES, "recompute"))
     made.add_argument("--shrink", type=float, default=1.0, help="factor of all sample lengths")
-    made.add_argument("--profile", action="store_true", help="time by class of kernel")
+    made.add_argument("--profile", action="store_true", help="time of the first system by class of kernel")
     made.add_argument("--quick", action="store_true", help="a tiny model, seconds on CPUs")
     made.add_argument("--out", type=Path, default=RESULTS)
     made.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes")
