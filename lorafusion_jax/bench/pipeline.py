@@ -433,7 +433,9 @@ def parser(prog: str, stages: int, model: str) -> argparse.ArgumentParser:
     made.add_argument("--order", default="auto", choices=("auto", "fbh", "bfh"))
     made.add_argument("--remat", default="auto", choices=("auto", *REMAT_POLICIES, "recompute"))
     made.add_argument("--shrink", type=float, default=1.0, help="factor of all sample lengths")
-    made.add_argument("--profile", action="store_true", help="time of the first system by class of kernel")
+    made.add_argument(
+        "--profile", action="store_true", help="time of the first system by class of kernel"
+    )
     made.add_argument("--quick", action="store_true", help="a tiny model, seconds on CPUs")
     made.add_argument("--out", type=Path, default=RESULTS)
     made.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes")

@@ -8,7 +8,8 @@ docs/reliability.md is made from these files. With `--only`, the other rows stay
 `--quick` leaves out slow tests; with `--write` its results are kept, with a star where a slow test
 of the scenario was left out. `--gpu` runs the GPU tests instead and writes
 the file of that device: the only way in which a scenario that needs a GPU passes. With `--workers`
-all GPU tests run, those of no scenario too, so many at a time; interrupted, that writes nothing.
+all GPU tests run, those of no scenario too, so many at a time (with `--only` those in the files of
+these scenarios); interrupted, that writes nothing.
 `--show` runs nothing.
 """
 
@@ -94,7 +95,7 @@ class Recorder:
             self._left.discard(report.nodeid)
         if report.when != "call" and report.outcome == "passed":
             return
-        test = report.nodeid.partition("[")[0]
+        test = re.split(r"[\[@]", report.nodeid)[0]  # xdist ends names of a group with @GROUP
         for scenario in self._shown(report):
             known = self.outcomes[scenario].get(test, report.outcome)
             worst = max(known, report.outcome, key=["passed", "skipped", "failed"].index)
@@ -160,15 +161,17 @@ def run(wanted: Iterable[str], *, quick: bool, gpu: bool, workers: int = 0) -> R
     """
     recorder = Recorder(frozenset(wanted), quick, workers)
     ended = [pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED]
+    files = [str(path) for path in files_showing(recorder.wanted)]
+    if not files:
+        return Ran([], set(), False)
     if workers:
-        spread = ["-v", "-n", str(workers), "-p", "no:benchmark", "--durations=8"]
-        code = pytest.main(["-m", "gpu", *spread], plugins=[recorder])
+        # Tests of a group share what they trained: one worker runs them.
+        spread = ["-v", "-n", str(workers), "--dist", "loadgroup", "-p", "no:benchmark"]
+        files = [] if recorder.wanted == {*SCENARIOS} else files
+        code = pytest.main(["-m", "gpu", *spread, "--durations=8", *files], plugins=[recorder])
     else:
         choice = "scenario and gpu" if gpu else "scenario and not gpu and not torch"
         expression = choice + (" and not slow" if quick else "")
-        files = [str(path) for path in files_showing(recorder.wanted)]
-        if not files:
-            return Ran([], set(), False)
         code = pytest.main(["-q", "-m", expression, "--no-header", *files], plugins=[recorder])
         ended.append(pytest.ExitCode.INTERRUPTED)
     if code not in ended:

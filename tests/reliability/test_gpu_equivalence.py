@@ -14,6 +14,7 @@ from tests.tolerance import assert_error_ratio
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("trained_on_gpu"),
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
 ]
 STEPS, COMPARED = 10, ("b", "c")
