@@ -34,5 +34,6 @@ def test_reaches_attention_and_compiler(monkeypatch, deterministic):
     state = init_state(bank, ("adamw",))
     jax.eval_shape(partial(train_step, model), state, frozen, batch)
     assert set(asked) == {deterministic}
-    options = [program.options for program in programs.programs_of(model).values()]
-    assert options == [programs.REPEATABLE if deterministic else None] * 3
+    for program in programs.programs_of(model).values():
+        assert program.options is not None
+        assert (programs.REPEATABLE.items() <= program.options.items()) == deterministic
