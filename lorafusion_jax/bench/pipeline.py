@@ -37,7 +37,14 @@ from lorafusion_jax.bench.pipeline_time import (
     steady,
 )
 from lorafusion_jax.bench.profile import profiled
-from lorafusion_jax.bench.results import RESULTS, Row, device_name, write_results
+from lorafusion_jax.bench.results import (
+    RESULTS,
+    Row,
+    device_name,
+    this_command,
+    write_results,
+    written_before,
+)
 from lorafusion_jax.bench.schedule import LENGTHS, jobs_of
 from lorafusion_jax.bench.shapes import step_flops
 from lorafusion_jax.errors import ConfigError
@@ -438,6 +445,7 @@ def parser(prog: str, stages: int, model: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--quick", action="store_true", help="a tiny model, seconds on CPUs")
     made.add_argument("--out", type=Path, default=RESULTS)
+    made.add_argument("--append", action="store_true", help="keep the rows that the file has")
     made.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes")
     made.add_argument("--process", type=int, help="number of this one, from 0")
     made.add_argument("--processes", type=int, help="how many there are")
@@ -462,11 +470,13 @@ def run(name: str, arguments: argparse.Namespace) -> int:
         return 0
     pages = arguments.out / device_name() / name
     pages.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    path = pages.with_suffix(".json")
+    rows, before = written_before(path) if arguments.append else ([], "")
+    command = f"{before}; {this_command()}" if before else this_command()
     for row in rows_of(arguments, pages):
         rows.append(row)
-        draw_speed(rows, write_results(name, rows, root=arguments.out))
-    print(pages.parent / f"{name}.json")
+        draw_speed(rows, write_results(name, rows, command=command, root=arguments.out))
+    print(path)
     return 0
 
 

@@ -71,7 +71,7 @@ def write_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "bench": bench,
-        "command": command or shlex.join(["python", "-m", *_module_and_arguments()]),
+        "command": command or this_command(),
         "device": device,
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
@@ -79,6 +79,26 @@ def write_results(
     }
     path.write_text(_one_row_a_line(record))
     return path
+
+
+def this_command() -> str:
+    """Returns what repeats this process."""
+    return shlex.join(["python", "-m", *_module_and_arguments()])
+
+
+def written_before(path: Path) -> tuple[list[Row], str]:
+    """Returns rows and command of a results file; none and "" if it is not there.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    if not path.is_file():
+        return [], ""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return list(found["rows"]), str(found["command"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--append {path}: expected a results file: {error!r}") from error
 
 
 def _one_row_a_line(record: dict[str, Any]) -> str:

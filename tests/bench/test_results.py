@@ -2,7 +2,8 @@
 
 import pytest
 
-from lorafusion_jax.bench.results import folder_of
+from lorafusion_jax.bench.results import folder_of, write_results, written_before
+from lorafusion_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -18,3 +19,13 @@ from lorafusion_jax.bench.results import folder_of
 )
 def test_folder_of_a_device(kind, folder):
     assert folder_of(kind) == folder
+
+
+def test_another_run_goes_on_with_the_rows_of_one(tmp_path):
+    assert written_before(tmp_path / "cpu" / "speed.json") == ([], "")
+    rows = [{"system": "ours", "tokens_per_s": 1.5}]
+    path = write_results("speed", rows, command="first", device="cpu", root=tmp_path)
+    assert written_before(path) == (rows, "first")
+    path.write_text('{"rows": []}')
+    with pytest.raises(ConfigError, match="--append.*command"):
+        written_before(path)
