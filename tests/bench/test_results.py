@@ -27,5 +27,5 @@ def test_another_run_goes_on_with_the_rows_of_one(tmp_path):
     path = write_results("speed", rows, command="first", device="cpu", root=tmp_path)
     assert written_before(path) == (rows, "first")
     path.write_text('{"rows": []}')
-    with pytest.raises(ConfigError, match="--append.*command"):
+    with pytest.raises(ConfigError, match=r"--append .*command"):
         written_before(path)
