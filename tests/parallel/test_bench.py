@@ -16,8 +16,8 @@ from lorafusion_jax.parallel.state import state_specs
     ("stages", "data"),
     [
         pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(4, 1, marks=pytest.mark.slow),
-        pytest.param(4, 2, marks=pytest.mark.slow),
+        (4, 1),
+        (4, 2),
     ],
 )
 def test_all_systems_run_in_one_engine(stages, data, tmp_path):
