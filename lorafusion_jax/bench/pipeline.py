@@ -79,7 +79,7 @@ from lorafusion_sched.baselines import megatron, mlora
 from lorafusion_sched.gantt import gantt_html
 
 RANK, DROPOUT = 16, 0.1
-TRACED = 24
+TRACED = 16
 """Slots whose every tick is timed, for the steady part and for the pages."""
 PICTURED = 48
 """The same, of the run that is drawn."""
