@@ -29,9 +29,6 @@ from lorafusion_jax.train.stored import Compiled, Program
 # XLA then picks, or asks its libraries for, algorithms that repeat their bits. Other platforms
 # ignore the option.
 REPEATABLE = {"xla_gpu_exclude_nondeterministic_ops": True}
-# The update's thousand small kernels become one CUDA graph, which a profile shows idle for 13 ms
-# between its nodes; launched one by one they wait in the queue behind the step.
-_NO_GRAPH = {"xla_gpu_graph_min_graph_size": 1 << 20}
 
 
 class _Key(NamedTuple):
@@ -140,13 +137,12 @@ def _update_key(hyper: Hyper) -> _Key:
 def programs_of(model: Model) -> dict[str, Program]:
     """Returns the programs of a model, by name: train, update and eval."""
     options = REPEATABLE if model.deterministic else {}
-    launched = options | _NO_GRAPH
     leaf: Any = 0
     report = StepReport(*[leaf] * len(StepReport._fields))
     losses = TokenLosses(*[leaf] * len(TokenLosses._fields))
     return {
         "train": Program(partial(train_step, model), lambda state, *_: (state, 0), True, options),
-        "update": Program(update_step, lambda state, *_: (state, report), True, launched),
+        "update": Program(update_step, lambda state, *_: (state, report), True, options),
         "eval": Program(partial(eval_step, model), lambda *_: losses, False, options),
     }
 
