@@ -79,10 +79,10 @@ from lorafusion_sched.baselines import megatron, mlora
 from lorafusion_sched.gantt import gantt_html
 
 RANK, DROPOUT = 16, 0.1
-TRACED = 16
-"""Slots whose every tick is timed, for the steady part and for the pages."""
+TRACED = 9
+"""Ticks timed one by one after the pipeline is full, for the steady part and for the pages."""
 PICTURED = 48
-"""The same, of the run that is drawn."""
+"""Slots of the run that is drawn, whose every tick is timed too."""
 SYSTEMS = ("ours", "mlora", "megatron")
 
 
@@ -299,7 +299,7 @@ def measure(
     state, calls = stream.run(bench.state(slots[0]), TICKS)
     stale = np.asarray([x.data for x in state.flow.stale.addressable_shards])
     del state  # its rings fill the device
-    traced_slots = PICTURED if picture else TRACED
+    traced_slots = PICTURED if picture else bench.pipeline.lag + TRACED
     part = replace(whole, microbatches=whole.microbatches[: traced_slots * data])
     part_stream = Stream(bench.pipeline, bench.frozen, hyper, slots[:traced_slots])
     ends = part_stream.run(bench.state(slots[0]), 1)[1]
