@@ -102,13 +102,18 @@ def num_segments(microbatch: Microbatch, longest: int | None = None) -> int:
     """
     padding = microbatch.capacity - sum(s.tokens() for s in microbatch.stretches)
     cuts = 0 if longest is None else padding // longest
-    return sum(len(s.samples) + 1 for s in microbatch.stretches) + 1 + cuts
+    # What is left behind the last stretch's samples is one run with the padding of its last tile.
+    return (sum(len(s.samples) + 1 for s in microbatch.stretches) or 1) + cuts
 
 
 def segment_bucket(microbatches: Iterable[Microbatch], longest: int | None = None) -> int:
-    """Returns the static M for these microbatches: 16, 32, 64, ... so that plans share programs."""
+    """Returns the static M for these microbatches: 8, 12, 16, 20 ... 32, 40 ... 64, 80 ...
+
+    Few values, so that plans share programs, and close ones, because cuDNN's time grows with M.
+    """
     most = max((num_segments(m, longest) for m in microbatches), default=1)
-    return max(16, 1 << (most - 1).bit_length())
+    step = max(4, (1 << (most - 1).bit_length()) // 8)
+    return max(8, -(-most // step) * step)
 
 
 def longest_bucket(microbatches: Iterable[Microbatch]) -> int:

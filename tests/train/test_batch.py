@@ -108,13 +108,33 @@ def test_a_dropped_job_leaves_the_others_in_place():
     assert set(alone.tile_adapter.tolist()) == {-1, SLOTS["b"]}
 
 
-def test_segment_bucket_is_a_power_of_two_that_fits():
+def test_segment_bucket_fits():
     microbatches = plan_jobs(JOBS)
     bucket = segment_bucket(microbatches)
-    assert bucket & (bucket - 1) == 0
     assert bucket >= max(map(num_segments, microbatches))
     for microbatch in microbatches:
         packed(microbatch, segments=bucket)
+
+
+@pytest.mark.parametrize(
+    ("samples", "bucket"),
+    [
+        (0, 8),
+        (7, 8),
+        (8, 12),
+        (16, 20),
+        (23, 24),
+        (31, 32),
+        (32, 40),
+        (63, 64),
+        (64, 80),
+        (128, 160),
+    ],
+)
+def test_segment_buckets_are_few_and_close(samples, bucket):
+    """A microbatch of one stretch has one segment of padding besides its samples."""
+    stretch = Stretch("a", 0, tuple(Sample(0, i, 16) for i in range(samples)), ends=True)
+    assert segment_bucket([Microbatch((stretch,) if samples else (), 4096)]) == bucket
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b",), ()])
