@@ -9,6 +9,7 @@ Gantt page beside it.
 """
 
 import argparse
+import datetime
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -27,7 +28,7 @@ from lorafusion_jax.bench.mesh_models import (
     model_shape,
     peak_flops,
 )
-from lorafusion_jax.bench.pipeline_report import draw_speed
+from lorafusion_jax.bench.pipeline_report import case_of, draw_speed, in_words_of
 from lorafusion_jax.bench.pipeline_time import (
     TICKS,
     Stream,
@@ -315,6 +316,8 @@ def measure(
     lengths = [s.length for job in jobs for batch in job.batches for s in batch]
     peak = peak_flops(jax.devices()[0].device_kind)
     flops = step_flops(bench.config, lengths, RANK)
+    # No-ops come where a job waits: some ticks of such a plan say nothing of the others.
+    patterned = real < len(slots) and traced_slots < len(slots)
     slow = Cost(per_token=traced / (1 + backward) / bench.capacity, backward=backward)
     gantt = {"predicted": simulate(part, slow, stages, order)}
     gantt["measured"] = measured_timeline(part, ends, stages, backward, gantt["predicted"])
@@ -328,10 +331,12 @@ def measure(
     tokens = [float(sum(s.tokens() for m in slot for s in m.stretches)) for slot in ranks_of(part)]
     return {
         "tokens_per_s": sum(lengths) / seconds,
-        "tokens_per_s_steady": steady(ticks, tokens, stages, backward) * traced / full,
+        "tokens_per_s_steady": None
+        if patterned
+        else steady(ticks, tokens, stages, backward) * traced / full,
         "mfu": None if peak is None else flops / seconds / (peak * data * stages),
         "bubble": 1 - real * full / seconds,
-        "bubble_steady": 1 - steady(ticks, seen, stages, backward) * traced,
+        "bubble_steady": None if patterned else 1 - steady(ticks, seen, stages, backward) * traced,
         "slots": len(slots),
         "noops": len(slots) - real,
         "tick_ms": full * 1e3,
@@ -397,17 +402,13 @@ def rows_of(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
                 page = f"{label} {system}"
                 picture = root.parent / f"{root.name}_gantt.png"
                 first = system == "ours" and lengths == arguments.lengths[0]
-                drawn = picture if first and adapters == arguments.adapters[0] else None
+                first = first and adapters == arguments.adapters[0]
+                kept = arguments.append and picture.exists()  # it is of the file's first row
+                drawn = picture if first and not kept else None
                 row |= measure(bench, whole, jobs, backward, root, page, sizes, drawn)
                 if arguments.profile and system == arguments.systems[0]:
                     row |= profile_ticks(bench, slots_of(whole, jobs, bench, sizes))
-                print(
-                    f"{label} {adapters} adapters {system}: {row['tokens_per_s']:.0f} tokens/s "
-                    f"(steady {row['tokens_per_s_steady']:.0f}), remat {row['remat']}, "
-                    f"bubble {row['bubble']:.1%}, steady {row['bubble_steady']:.1%}, "
-                    f"tick {row['tick_ms']:.1f} ms",
-                    flush=True,
-                )
+                print(f"{label} {adapters} adapters {system}: {in_words_of(row)}", flush=True)
                 yield row
 
 
@@ -474,7 +475,8 @@ def run(name: str, arguments: argparse.Namespace) -> int:
     rows, before = written_before(path) if arguments.append else ([], "")
     command = f"{before}; {this_command()}" if before else this_command()
     for row in rows_of(arguments, pages):
-        rows.append(row)
+        rows = [old for old in rows if case_of(old) != case_of(row)]
+        rows.append(row | {"date": datetime.date.today().isoformat()})
         draw_speed(rows, write_results(name, rows, command=command, root=arguments.out))
     print(path)
     return 0

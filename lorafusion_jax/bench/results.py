@@ -90,15 +90,22 @@ def written_before(path: Path) -> tuple[list[Row], str]:
     """Returns rows and command of a results file; none and "" if it is not there.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: the file holds something else, or figures of other versions: a file states one
+            set of versions for all of its rows.
     """
     if not path.is_file():
         return [], ""
     try:
         found = json.loads(path.read_text("utf-8"))
-        return list(found["rows"]), str(found["command"])
+        rows, command, measured_with = list(found["rows"]), str(found["command"]), found["versions"]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"--append {path}: expected a results file: {error!r}") from error
+    if measured_with != versions():
+        raise ConfigError(
+            f"--append {path}: its rows were measured with {measured_with}, and this would be with "
+            f"{versions()}: measure them again, or write to another --out"
+        )
+    return rows, command
 
 
 def _one_row_a_line(record: dict[str, Any]) -> str:

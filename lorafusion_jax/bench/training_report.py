@@ -22,7 +22,8 @@ CLASSES = (
     "fused_gemm", "gemm", "lora", "attention", "elementwise", "slices", "copy", "exchange", "idle",
 )  # fmt: skip
 """Classes of kernels in the order they are stacked: products with fused LoRA, other products,
-LoRA's own passes, attention, elementwise, copies, and a device without work."""
+LoRA's own passes, attention, elementwise, slices into and out of rings, copies, exchanges, and a
+device without work."""
 
 type Key = tuple[str, ...]
 

@@ -228,7 +228,10 @@ _guarded.defvjp(_guarded_forward, _guarded_backward)
 
 
 def _bound(x: Array) -> Array:
-    """What is larger is as good as not finite: products and sums of what is not are finite."""
+    """What is larger is as good as not finite: products and sums of what is not are finite.
+
+    1e17, and 32,752 for float16.
+    """
     return jnp.asarray(min(1e17, float(jnp.finfo(x.dtype).max) / 2), x.dtype)
 
 

@@ -136,7 +136,7 @@ def _update_key(hyper: Hyper) -> _Key:
 
 def programs_of(model: Model) -> dict[str, Program]:
     """Returns the programs of a model, by name: train, update and eval."""
-    options = REPEATABLE if model.deterministic else {}
+    options = REPEATABLE if model.deterministic else None
     leaf: Any = 0
     report = StepReport(*[leaf] * len(StepReport._fields))
     losses = TokenLosses(*[leaf] * len(TokenLosses._fields))

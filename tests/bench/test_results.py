@@ -1,5 +1,6 @@
 """Where results of a device lie."""
 
+import jax
 import pytest
 
 from lorafusion_jax.bench.results import folder_of, write_results, written_before
@@ -26,6 +27,9 @@ def test_another_run_goes_on_with_the_rows_of_one(tmp_path):
     rows = [{"system": "ours", "tokens_per_s": 1.5}]
     path = write_results("speed", rows, command="first", device="cpu", root=tmp_path)
     assert written_before(path) == (rows, "first")
+    path.write_text(path.read_text().replace(jax.__version__, "0.1.0"))
+    with pytest.raises(ConfigError, match=r"--append .*0\.1\.0.*measure them again"):
+        written_before(path)
     path.write_text('{"rows": []}')
     with pytest.raises(ConfigError, match=r"--append .*command"):
         written_before(path)

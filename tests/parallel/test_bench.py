@@ -37,6 +37,20 @@ def test_all_systems_run_in_one_engine(stages, data, tmp_path):
     assert "scaling_gantt.png" in page
 
 
+def test_appended_rows_take_the_place_of_equal_ones(tmp_path, monkeypatch):
+    row = {
+        "system": "ours", "mesh": "data=1,stage=2", "model": "tiny", "layers": 2, "lengths": "het",
+        "adapters": 4, "gbs": 4, "capacity": 64, "tokens_per_s": 1.0,
+    }  # fmt: skip
+    other = row | {"lengths": "xsum"}
+    for rows, more in ((row, other), ()), ((row | {"tokens_per_s": 2.0},), ("--append",)):
+        monkeypatch.setattr(pipeline, "rows_of", lambda *_, rows=rows: iter(rows))
+        assert pipeline.main(["--quick", "--out", str(tmp_path), *more]) == 0
+    found = json.loads((tmp_path / "cpu" / "pipeline.json").read_text())
+    assert [(r["lengths"], r["tokens_per_s"]) for r in found["rows"]] == [("xsum", 1), ("het", 2)]
+    assert all(r["date"] == found["date"] for r in found["rows"])
+
+
 def test_an_unknown_system_is_refused():
     with pytest.raises(ConfigError, match="nothing"):
         scaling.main(["--quick", "--systems", "nothing"])

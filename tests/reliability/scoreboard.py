@@ -68,6 +68,10 @@ class Recorder:
     _left: set[str] = field(default_factory=set)
     _cut: set[str] = field(default_factory=set)
 
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Notes what the paths of reports start from."""
+        self._root = config.rootpath
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
@@ -96,7 +100,11 @@ class Recorder:
         if report.when != "call" and report.outcome == "passed":
             return
         test = re.split(r"[\[@]", report.nodeid)[0]  # xdist ends names of a group with @GROUP
-        for scenario in self._shown(report):
+        shown = self._shown(report)
+        if report.when not in ("setup", "call", "teardown"):
+            # What xdist says of a worker that died: none of the test's own marks came with it.
+            shown = self.wanted & marked_in((self._root / str(report.fspath)).read_text("utf-8"))
+        for scenario in shown:
             known = self.outcomes[scenario].get(test, report.outcome)
             worst = max(known, report.outcome, key=["passed", "skipped", "failed"].index)
             self.outcomes[scenario][test] = worst
@@ -183,11 +191,12 @@ def run(wanted: Iterable[str], *, quick: bool, gpu: bool, workers: int = 0) -> R
 def files_showing(wanted: frozenset[str], root: Path = Path("tests")) -> list[Path]:
     """Returns the test files whose text has the mark of a wanted scenario."""
     texts = {path: path.read_text("utf-8") for path in sorted(root.rglob("test_*.py"))}
-    return [
-        path
-        for path, text in texts.items()
-        if any(wanted & {*re.findall(r'"(\w+)"', mark)} for mark in _MARKS.findall(text))
-    ]
+    return [path for path, text in texts.items() if wanted & marked_in(text)]
+
+
+def marked_in(text: str) -> set[str]:
+    """Returns the scenarios that any test of a file shows."""
+    return {name for mark in _MARKS.findall(text) for name in re.findall(r'"(\w+)"', mark)}
 
 
 def load(path: Path) -> list[Row]:
@@ -326,16 +335,18 @@ def main() -> int:
     options = parser.parse_args()
     if options.workers and not options.gpu:
         parser.error("--workers is for --gpu")
+    if options.workers and options.quick:
+        parser.error("--workers runs all GPU tests: --quick cannot leave any out")
     wanted = options.only.split(",")
     if unknown := [name for name in wanted if name not in SCENARIOS]:
         parser.error(f"no scenario {unknown[0]}")
     if options.show:
         _show(read_board())
         return 0
+    device = _device() if options.gpu else "cpu"
     ran = run(wanted, quick=options.quick, gpu=options.gpu, workers=options.workers)
     wanted = [name for name in wanted if name not in ran.unfinished]
     board = read_board()
-    device = _device() if options.gpu else "cpu"
     path = RESULTS / device / "reliability.json"
     rows = merged(load(path), ran.rows, wanted)
     if options.quick and not options.write:
@@ -354,10 +365,22 @@ def _write(path: Path, device: str, rows: list[Row]) -> None:
 
 
 def _device() -> str:
-    """The folder of this GPU's results."""
-    import jax
+    """The folder of this GPU's results.
 
-    kind = jax.devices()[0].device_kind.lower()
+    Asked of another process: here, jax would take the memory that the tests' own need.
+
+    Raises:
+        SystemExit: jax has no GPU here: skipped tests would be written over the CPUs' results.
+    """
+    asked = "import jax; d = jax.devices()[0]; print(f'{d.platform} {d.device_kind}')"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, check=False
+    )
+    platform, _, kind = done.stdout.strip().lower().partition(" ")
+    if platform != "gpu":
+        last = done.stderr.strip().rpartition("\n")[2]
+        print(f"--gpu: jax found no GPU but {platform or last!r}: nothing was run", file=sys.stderr)
+        raise SystemExit(2)
     return next((name for name in ("h100", "h200", "a100") if name in kind), kind.replace(" ", "-"))
 
 

@@ -66,14 +66,21 @@ def names_of(module: str, source: str) -> set[str]:
     }
 
 
+def only_walks(source: str) -> bool:
+    """Whether code takes from pickle what walks through an object, and nothing that reads one."""
+    return findings(source) == ["pickle"] and names_of("pickle", source) == {
+        "Pickler",
+        "PicklingError",
+    }
+
+
 @pytest.mark.scenario("F8")
 def test_no_code_executes_or_fetches_a_strangers_content():
     assert len(SOURCES) > 50
     found = {p.name: f for p in SOURCES if (f := findings(p.read_text("utf-8")))}
     asked_for = set(found.pop("hub.py", ()))  # downloads what the user names, and only then
-    if found.pop("stored.py", []) == ["pickle"]:  # walks through an object, and reads nothing
-        stored = next(p for p in SOURCES if p.name == "stored.py").read_text("utf-8")
-        assert names_of("pickle", stored) == {"Pickler", "PicklingError"}
+    found.pop("stored.py")
+    assert only_walks(next(p for p in SOURCES if p.name == "stored.py").read_text("utf-8"))
     assert found == {} and asked_for <= {"huggingface_hub"}
 
 
@@ -87,6 +94,18 @@ def test_no_code_executes_or_fetches_a_strangers_content():
 def test_the_search_finds_each(line):
     """The twin."""
     assert findings(line)
+
+
+@pytest.mark.scenario("F8")
+@pytest.mark.parametrize(
+    "line",
+    ["eval('1')", "import marshal", "from pickle import loads", "pickle.loads(b'')",
+     "pickle.Unpickler(f)"],
+)  # fmt: skip
+def test_nothing_else_is_forgiven_where_pickle_is(line):
+    """The twin."""
+    stored = next(p for p in SOURCES if p.name == "stored.py").read_text("utf-8")
+    assert not only_walks(f"{stored}\n{line}\n")
 
 
 def tree(folder: Path) -> dict[str, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability import scoreboard
 from tests.reliability.scenarios import SCENARIOS, SECTIONS
 from tests.reliability.scoreboard import (
     PAGE,
@@ -82,10 +83,10 @@ def test_an_unknown_scenario_is_refused(tmp_path):
     assert code == pytest.ExitCode.USAGE_ERROR
 
 
-def test_outcomes_of_workers_come_by_the_reports(tmp_path):
-    """In processes of their own, with the hook of this repository's conftest."""
+def by_workers(tmp_path, cases):
+    """Outcomes of processes of their own, with the hook of this repository's conftest."""
     pytest.importorskip("xdist")
-    (tmp_path / "test_cases.py").write_text(CASES)
+    (tmp_path / "test_cases.py").write_text(cases)
     hook = (ROOT / "tests" / "conftest.py").read_text().partition("def pytest_collection_modif")[2]
     (tmp_path / "conftest.py").write_text(
         "def pytest_collection_modif" + hook.partition("\n\n\n")[0] + "\n"
@@ -93,8 +94,34 @@ def test_outcomes_of_workers_come_by_the_reports(tmp_path):
     recorder = Recorder(frozenset({"A3", "B2"}), workers=2)
     options = ["-q", "-n", "2", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     pytest.main([*options, "-c", "/dev/null", str(tmp_path)], plugins=[recorder])
-    found = {row["id"]: row["result"] for row in recorder.rows()}
-    assert found == {"A3": "passed", "B2": "failed"}
+    return {row["id"]: row["result"] for row in recorder.rows()}
+
+
+def test_outcomes_of_workers_come_by_the_reports(tmp_path):
+    assert by_workers(tmp_path, CASES) == {"A3": "passed", "B2": "failed"}
+
+
+def test_a_test_that_kills_its_worker_has_failed(tmp_path):
+    """The report that xdist makes up for it says nothing of scenarios."""
+    killer = """
+import os, pytest
+@pytest.mark.scenario("A3")
+def test_passes(): pass
+@pytest.mark.scenario("A3")
+def test_dies(): os.abort()
+"""
+    assert by_workers(tmp_path, killer) == {"A3": "failed"}
+
+
+def test_without_a_gpu_the_gpu_s_run_is_refused(monkeypatch, capsys):
+    """It would find skipped tests only, and write them over the results of CPUs."""
+    monkeypatch.setattr("sys.argv", ["scoreboard", "--gpu", "--workers", "2"])
+    monkeypatch.setattr(scoreboard, "run", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(SystemExit) as ended:
+        scoreboard.main()
+    assert ended.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
 
 
 def test_what_has_no_test_or_needs_a_gpu_counts_as_failed():
