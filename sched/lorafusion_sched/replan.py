@@ -6,7 +6,7 @@ jobs are gone, and the rest is either packed anew, with the new jobs in it, or k
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorafusion_sched.problem import Job, Microbatch, Plan, PlanError, Problem, Sample, Stretch
@@ -52,8 +52,8 @@ def replan(
         repack: pack the rest anew, so that the others use the room of ended jobs. False leaves
             every other job exactly where it was, and so all of its bits: rows of ended jobs become
             padding, without a pipeline microbatches that this empties are dropped, and jobs that
-            join have microbatches of their own between the others', or behind them where no
-            adapter slot is free.
+            join have microbatches of their own between the others', from where an adapter slot is
+            free for them. Those that still wait for one get that of a job that has ended.
 
     Returns:
         The changed problem and its plan, the same in every process for the same arguments.
@@ -79,7 +79,11 @@ def replan(
         rest = _pack_rest(asked, done, past)
     else:
         rest = _strip(current.microbatches[cursor:], set(ended), problem)
-        rest = _beside(rest, added, problem, done)
+        if ended:
+            rest = _sooner(rest, problem, done, past)
+        if added:
+            new = tuple(replace(job, ready=0) for job in added)
+            rest = _beside(rest, plan(replace(problem, jobs=new)).microbatches, problem, done)
     changed = replace(current, microbatches=(*done, *rest))
     verify(asked, changed)
     return Revision(asked, changed)
@@ -166,31 +170,72 @@ def _strip(rest: Sequence[Microbatch], ended: set[str], problem: Problem) -> lis
     return kept
 
 
-def _beside(
-    rest: list[Microbatch], added: Sequence[Job], problem: Problem, done: Sequence[Microbatch]
+def _sooner(
+    rest: list[Microbatch], problem: Problem, done: Sequence[Microbatch], begun: Container[str]
 ) -> list[Microbatch]:
-    """Puts new jobs into slots of their own, evenly between those of the others."""
-    if not added:
+    """Lets jobs that wait in slots of their own begin where an adapter slot is free now.
+
+    What a slot holds stays together, so no bit of theirs changes. On a pipeline they stay where
+    they are: the slots of others may be what keeps their global batches apart.
+    """
+    if problem.distance > 1:
         return rest
-    own = plan(replace(problem, jobs=tuple(replace(job, ready=0) for job in added))).microbatches
-    width = problem.width
-    theirs, new = (
-        [list(mbs[at : at + width]) for at in range(0, len(mbs), width)] for mbs in (rest, own)
-    )
-    # Adapter slots of jobs that have just ended are not free yet.
-    recent = done[max(0, len(done) - width * (problem.distance - 1)) :]
-    present = {stretch.job for mb in (*recent, *rest) for stretch in mb.stretches}
-    if problem.max_active is not None and len(present) + len(added) > problem.max_active:
+    waiting = dict.fromkeys(s.job for mb in rest for s in mb.stretches if s.job not in begun)
+    for name in waiting:
+        slots = _slots(rest, problem.width)
+        present = [{s.job for mb in slot for s in mb.stretches} for slot in slots]
+        if any(name in jobs and len(jobs) > 1 for jobs in present):
+            continue
+        own, others = (
+            [mb for slot, jobs in zip(slots, present, strict=True) if (name in jobs) == mine
+             for mb in slot]
+            for mine in (True, False)
+        )  # fmt: skip
+        moved = _beside(others, own, problem, done)
+        if moved.index(own[0]) < rest.index(own[0]):
+            rest = moved
+    return rest
+
+
+def _slots(microbatches: Sequence[Microbatch], width: int) -> list[list[Microbatch]]:
+    return [list(microbatches[at : at + width]) for at in range(0, len(microbatches), width)]
+
+
+def _beside(
+    rest: list[Microbatch],
+    own: Sequence[Microbatch],
+    problem: Problem,
+    done: Sequence[Microbatch],
+) -> list[Microbatch]:
+    """Puts slots of jobs of their own evenly between those of the others.
+
+    They begin where adapter slots are free for all of them: those of jobs that have just ended are
+    not yet.
+    """
+    width, window = problem.width, problem.distance - 1
+    past, theirs, new = (_slots(mbs, width) for mbs in (done, rest, own))
+    count = len({stretch.job for mb in own for stretch in mb.stretches})
+
+    def fits_from(start: int) -> bool:
+        """Whether the others leave room from a slot of theirs on."""
+        if problem.max_active is None:
+            return True
+        held = [*past, *theirs][max(0, len(past) + start - window) :]
+        present = {s.job for slot in held for mb in slot for s in mb.stretches}
+        return len(present) + count <= problem.max_active
+
+    start = next((i for i in range(len(theirs) + 1) if fits_from(i)), None)
+    if start is None:
         empty = Microbatch((), problem.capacities[0])
-        pause = [empty] * (width * (problem.distance - 1))
-        return [*rest, *pause, *own]
+        return [*rest, *[empty] * (width * window), *own]
+    later = theirs[start:]
     # Of equal fractions the older job comes first. Distances only grow.
     ranked = sorted(
-        [((i + 1) / len(theirs), 0, slot) for i, slot in enumerate(theirs)]
+        [((i + 1) / len(later), 0, slot) for i, slot in enumerate(later)]
         + [((i + 1) / len(new), 1, slot) for i, slot in enumerate(new)],
         key=lambda entry: entry[:2],
     )
-    return [microbatch for _, _, slot in ranked for microbatch in slot]
+    return [mb for slot in [*theirs[:start], *(slot for _, _, slot in ranked)] for mb in slot]
 
 
 def _pack_rest(

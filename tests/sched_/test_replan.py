@@ -133,6 +133,42 @@ def test_a_job_that_joins_waits_for_a_slot_to_be_free():
     assert 4 <= sooner[0] < starts[0]
 
 
+def starts_of(changed, name: str) -> int:
+    return next(
+        i for i, mb in enumerate(changed.plan.microbatches) for s in mb.stretches if s.job == name
+    )
+
+
+@pytest.mark.parametrize("distance", [1, 3])
+def test_a_job_beside_the_others_begins_where_one_of_them_ends(distance):
+    """Not behind all of them: of the others' bits none changes either way."""
+    jobs = (job("a", 2, 1), job("b", 9, 2), job("c", 9, 3))
+    problem = Problem(jobs=jobs, capacities=(2048,), max_active=3, distance=distance)
+    before = plan(problem)
+    changed = replan(problem, before, 1, added=(job("late", 2, 9),), repack=False)
+    mine = [mb for mb in changed.plan.microbatches if any(s.job == "late" for s in mb.stretches)]
+    assert all(len(mb.stretches) == 1 for mb in mine)
+    end = max(
+        i for i, mb in enumerate(changed.plan.microbatches) for s in mb.stretches if s.job == "a"
+    )
+    assert end + distance <= starts_of(changed, "late") < len(before.microbatches) - 1
+
+
+def test_a_cancelled_job_s_slot_goes_to_one_that_waits():
+    problem = four_jobs(max_active=4)
+    before = plan(problem)
+    joined = replan(problem, before, 2, added=(job("late", 2, 9),), repack=False)
+    cursor = 4
+    assert starts_of(joined, "late") > cursor
+    changed = replan(joined.problem, joined.plan, cursor, ended={"b": cursor}, repack=False)
+    assert cursor <= starts_of(changed, "late") < starts_of(joined, "late")
+    own = [
+        [mb for mb in p.microbatches if any(s.job == "late" for s in mb.stretches)]
+        for p in (joined.plan, changed.plan)
+    ]
+    assert own[0] == own[1]
+
+
 @pytest.mark.parametrize("repack", [True, False])
 def test_a_slot_is_not_free_right_after_its_job(repack):
     """On a pipeline the last update of an ended job is still on its way for `distance` slots."""
