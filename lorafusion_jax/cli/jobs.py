@@ -51,8 +51,24 @@ def cancel(
     folder = open_run(run)
     if name not in folder.jobs:
         raise ConfigError(f"no job {name!r}; there are: {', '.join(folder.jobs)}")
+    if (status := _ended(folder, name)) is not None:
+        raise ConfigError(f"{name} has ended already ({status}): there is nothing to cancel")
     send(folder, Cancel(job=name))
     _tell(folder, f"{name} will be cancelled")
+
+
+def _ended(folder: "RunFolder", name: str) -> str | None:
+    """How a job ended in the run's last process; None if it goes on, or is not known to have ended.
+
+    An earlier process that was killed may have ended a job later than its last checkpoint.
+    """
+    status = None
+    for event in folder.events():
+        if event["event"] == "RunPlanned":
+            status = None
+        elif event["event"] == "JobEnded" and event["job"] == name:
+            status = event["status"]
+    return status
 
 
 def _tell(folder: "RunFolder", what: str) -> None:

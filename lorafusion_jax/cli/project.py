@@ -96,7 +96,10 @@ def env() -> None:
 
 
 def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Benchmark.")]) -> int:
-    """Run a benchmark of this machine. NAME is kernels, layer, schedule, training, ..."""
+    """Run a benchmark of this machine (`bench list`)."""
     from lorafusion_jax import bench as benchmarks
 
+    if name == "list":
+        print("\n".join(benchmarks.names()))
+        return 0
     return benchmarks.run(name, context.args)

@@ -34,7 +34,7 @@ def status(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    print(f"run      {folder.path}: {found['state']}, {run_state(folder.events(), now)}")
+    print(f"run      {folder.path}: {_state(found['state'], folder, now)}")
     if found["microbatches"] is not None:
         line = f"done     {found['microbatch']} of {found['microbatches']} microbatches"
         if found["tokens_per_s"] is not None:
@@ -42,6 +42,11 @@ def status(
         print(line if found["eta_s"] is None else f"{line}, ETA {duration(found['eta_s'])}")
     headings = ("job", "step", "loss", "eval, base", "best", "last", "tok/s", "progress")
     print_table(headings, [_row(name, job) for name, job in found["jobs"].items()])
+
+
+def _state(state: str, folder: "RunFolder", now: float) -> str:
+    words = run_state(folder.events(), now)
+    return words if state == "ended" else f"{state}, {words}"
 
 
 def run_state(events: list[dict[str, Any]], now: float) -> str:

@@ -21,7 +21,12 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override, such as jobs.sql.lora.r=32.")
 ]
 ResumeOption = Annotated[
-    str, typer.Option(help="auto goes on where the output folder stands, never starts over.")
+    str,
+    typer.Option(
+        metavar="auto|never|PATH",
+        help="auto: go on where the output folder stands. never: remove what is there, finished "
+        "adapters too, and start over. PATH: go on from another run folder or checkpoint.",
+    ),
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every job.")]
 OutputOption = Annotated[Path | None, typer.Option(help="Output folder.")]

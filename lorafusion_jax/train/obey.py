@@ -91,4 +91,6 @@ class Obedience:
         self._run.folder.write_config(config)
         self._run.remember(config, jobs)
         names = ", ".join(job.name for job in jobs)
-        self._run.listener(Notice(f"{names} will join; no bit of the others changes"))
+        self._run.listener(
+            Notice(f"{names} will join when an adapter slot is free; no bit of the others changes")
+        )

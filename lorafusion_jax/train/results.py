@@ -86,6 +86,19 @@ class Results(Mapping[str, JobResult]):
     def __len__(self) -> int:
         return len(self._jobs)
 
+    def __repr__(self) -> str:
+        """One line for each job."""
+
+        def shown(loss: float | None) -> str:
+            return "-" if loss is None else f"{loss:.4g}"
+
+        lines = [
+            f"  {job.name}: {job.status} after {job.steps} steps, held-out loss "
+            f"{shown(job.base_eval_loss)} -> {shown(job.eval_loss)}"
+            for job in self._jobs.values()
+        ]
+        return "\n".join([f"Results of {self.folder.path}:", *lines])
+
 
 def collect_results(folder: RunFolder, progress: Mapping[str, JobProgress]) -> Results:
     """Reads the results of a finished run from its folder."""

@@ -256,9 +256,10 @@ def find_saved(
         at=at,
     )
     if resume == "never":
-        folder.remove_run()
+        if folder.remove_run():
+            notices.append(f"--resume never: removed the run that was in {folder.path}")
         own.prepare()
-        return Saved(config, tuple(jobs), own)
+        return Saved(config, tuple(jobs), own, notices=tuple(notices))
     source = Path(os.path.abspath(resume))  # also where it is said from inside: `.`, `..`, `5`
     restored = own.restore() if resume == "auto" else _restore_from(source, notices)
     if restored is None:

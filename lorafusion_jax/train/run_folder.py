@@ -90,11 +90,12 @@ class RunFolder:
         """Returns the lines of events.jsonl so far."""
         return read_lines(self.path / "events.jsonl")
 
-    def remove_run(self) -> None:
-        """Removes what an earlier run left here, and nothing else."""
-        for name in _CONTENTS:
-            path = self.path / name
+    def remove_run(self) -> bool:
+        """Removes what an earlier run left here, nothing else; returns whether there was any."""
+        there = [path for name in _CONTENTS if (path := self.path / name).exists()]
+        for path in there:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return bool(there)
 
     def live(self) -> dict[str, Any]:
         """Returns what status.json holds; empty where there is none that can be read."""

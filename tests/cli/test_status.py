@@ -112,7 +112,7 @@ def test_of_a_run_that_has_ended(run, lorafusion):
     assert (found["state"], found["microbatch"], found["seconds"]) == ("ended", 20, 61.0)
     assert found["jobs"]["numbers"]["status"] == "stopped early"
     code, out, _ = lorafusion("status", run.path)
-    assert code == 0 and "ended after 1:01" in out and "done     20 of 20 microbatches" in out
+    assert code == 0 and ": ended after 1:01" in out and "done     20 of 20 microbatches" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("numbers"))
     assert row[1:7] == ["3/10", "1.500", "5.000", "3.000", "4.000", "@3"]
     code, out, _ = lorafusion("status", run.path, "--json")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 
@@ -239,15 +240,21 @@ def test_the_sizes_of_microbatches_are_those_of_the_run_after_a_resume_too(tmp_p
 
 
 def test_the_command_leaves_whole_requests(tmp_path, whole, capsys):
-    output = whole[0]
+    output = tmp_path / "run"
+    shutil.copytree(whole[0], output)
     assert main(["jobs", "cancel", str(output), "nobody"]) == 2
     assert main(["jobs", "cancel", str(tmp_path), "sql"]) == 2
+    assert "there are: sql, emoji" in capsys.readouterr()[1]
+    assert main(["jobs", "cancel", str(output), "sql"]) == 2
+    assert "sql has ended already (done)" in capsys.readouterr()[1]
+    assert control.waiting(RunFolder(output)) == []
+    events = output / "events.jsonl"
+    begun = [line for line in events.read_text().splitlines(True) if "JobEnded" not in line]
+    events.write_text("".join(begun))
     assert main(["jobs", "cancel", str(output), "sql"]) == 0
-    out, err = capsys.readouterr()
-    assert "there are: sql, emoji" in err and "when the run goes on" in out
+    assert "when the run goes on" in capsys.readouterr()[0]
     (path,) = control.waiting(RunFolder(output))
     assert control.read(path) == Cancel(job="sql")
-    path.unlink()
 
 
 SPIKE = SpikeConfig(window=4, sigmas=6.0, max_consecutive=2)

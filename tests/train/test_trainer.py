@@ -272,7 +272,11 @@ def test_never_starts_over(tmp_path, whole):
     with pytest.raises(StoppedError):
         trainer(output, seed=3, listener=stop_after(2)).fit()
     (output / "notes.txt").write_text("mine")
-    trainer(output).fit(resume="never")
+    said: list[events.Event] = []
+    trainer(output, listener=said.append).fit(resume="never")
+    assert f"--resume never: removed the run that was in {output}" in {
+        event.message for event in said if isinstance(event, events.Notice)
+    }
     assert final_state(output) == final_state(whole[0])
     assert (output / "notes.txt").read_text() == "mine"
 
@@ -454,3 +458,12 @@ def test_a_bad_job_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="at least 1"):
         trainer(tmp_path / "run", ()).fit()
     assert not (tmp_path / "run").exists()
+
+
+def test_results_print_as_a_line_for_each_job(whole):
+    output, results, _ = whole
+    first, *lines = repr(results).splitlines()
+    assert str(output) in first and len(lines) == len(results)
+    assert all(
+        f"{name}: done after {job.steps} steps" in repr(results) for name, job in results.items()
+    )
