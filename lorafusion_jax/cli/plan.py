@@ -75,6 +75,8 @@ def plan(
         f"simulated: {simulated.utilisation:.1%} of the time is spent on real tokens; "
         f"{simulated.bubble:.1%} bubble, {empty} empty microbatches on {stages} stages"
     )
+    if empty > len(together.microbatches) // 4:
+        print("more jobs, larger global batches or fewer stages would leave fewer of them empty")
     if output is not None:
         output.write_text(to_json(together), encoding="utf-8")
     if picture is not None:

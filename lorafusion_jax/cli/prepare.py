@@ -82,9 +82,13 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
 
     from lorafusion_jax.cli.progress import bytes_text
     from lorafusion_jax.cli.training import size_of
+    from lorafusion_jax.models.hf_weights import open_base
+    from lorafusion_jax.train.sinks import check_sinks
 
     run = read_config(config, overrides)
+    check_sinks(run.report.to)
     ready = prepare(run)
+    open_base(run.base.model, run.base.dtype)  # reads the headers of the weights
     if run.parallel.devices > 1:
         ready = ready._replace(schedule=_schedule_on_mesh(ready))
     parameters = {job.name: _parameters(ready.base, job) for job in ready.jobs}

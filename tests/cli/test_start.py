@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorafusion_jax import cli, errors
 from lorafusion_jax.cli import status
 from lorafusion_jax.cli.progress import bytes_text
 from lorafusion_jax.config import load_config
+from lorafusion_jax.train import sinks
 
 COMMANDS = """
 bench check env eval export generate import init jobs plan plot report
@@ -254,3 +256,21 @@ def test_a_damaged_model_folder_is_explained_by_check(lorafusion, tmp_path):
     path.write_text("base: {model: model}\noutput: o\njobs: [{name: a, data: {path: b}}]\n")
     code, _, err = lorafusion("check", path)
     assert code == 2 and "config.json: not valid JSON" in err
+
+
+def test_check_finds_weights_that_are_cut_off(lorafusion, project, tmp_path):
+    shared = load_config(project).base.model
+    shutil.copytree(shared, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    base = f"base.model={tmp_path / 'cut'}"
+    assert lorafusion("check", project, "--set", base)[0] == 0
+    with open(weights, "r+b") as file:
+        file.truncate(weights.stat().st_size // 2)
+    code, _, err = lorafusion("check", project, "--set", base)
+    assert code == 2 and "model.safetensors" in err
+
+
+def test_check_finds_a_sink_without_its_package(lorafusion, project, monkeypatch):
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda _: None)
+    code, _, err = lorafusion("check", project, "--set", "report.to=[wandb]")
+    assert code == 2 and "report.to: wandb needs the package" in err
