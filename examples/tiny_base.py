@@ -1,5 +1,7 @@
 """The base model of the examples when none is named: tiny, random, with a tokenizer of bytes."""
 
+import os
+
 import lorafusion_jax as lf
 from lorafusion_jax.models import ModelConfig
 
@@ -27,6 +29,8 @@ def load_or_make(model: str | None) -> lf.Base:
 def byte_tokenizer():
     """Returns a tokenizer whose tokens are the bytes of UTF-8, and one that ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

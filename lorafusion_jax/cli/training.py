@@ -1,6 +1,9 @@
 """The commands that train: train, sweep."""
 
 import json
+import os
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -153,9 +156,18 @@ def run_training(
     print(f"report   {report} (open it in a browser), summary.md, loss.png, utilisation.png")
     if base.unread is not None:
         print("samples  none: the base model is spread over several devices; generate loads it")
-    print(f'try      lorafusion generate {results.folder.path} --base --prompt "..."')
-    print(f"serve    lorafusion export {results.folder.path} --verify")
+    program = _program()
+    print(f'try      {program} generate {results.folder.path} --base --prompt "..."')
+    print(f"serve    {program} export {results.folder.path} --verify")
     return results
+
+
+def _program() -> str:
+    """How this program is called from here: its name, or its path where that would not find it."""
+    beside = Path(sys.executable).with_name("lorafusion")
+    if shutil.which("lorafusion") is not None or not beside.exists():
+        return "lorafusion"
+    return os.path.relpath(beside)
 
 
 def _answer(folder: "RunFolder", base: "Base", rows: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorafusion_jax import cli, errors
-from lorafusion_jax.cli import status
+from lorafusion_jax.cli import status, training
 from lorafusion_jax.cli.progress import bytes_text
 from lorafusion_jax.config import load_config
 from lorafusion_jax.train import sinks
@@ -274,3 +274,15 @@ def test_check_finds_a_sink_without_its_package(lorafusion, project, monkeypatch
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda _: None)
     code, _, err = lorafusion("check", project, "--set", "report.to=[wandb]")
     assert code == 2 and "report.to: wandb needs the package" in err
+
+
+def test_a_program_that_is_not_on_the_path_is_named_by_its_place(monkeypatch, tmp_path):
+    monkeypatch.setattr(training.sys, "executable", str(tmp_path / "bin" / "python"))
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(training.shutil, "which", lambda _: None)
+    assert training._program() == "lorafusion"  # nothing is beside this interpreter either
+    (tmp_path / "bin" / "lorafusion").touch()
+    monkeypatch.chdir(tmp_path)
+    assert training._program() == "bin/lorafusion"
+    monkeypatch.setattr(training.shutil, "which", lambda _: "/usr/bin/lorafusion")
+    assert training._program() == "lorafusion"
