@@ -93,7 +93,7 @@ def mlp(x, ws, a, b, routing, dy, *, activation="silu"):
 
 def norm_arguments(rows, k, dtype=jnp.bfloat16):
     """Abstract operands of a norm's gradient."""
-    return (*(S((rows, k), dtype) for _ in range(3)), S((k,), jnp.float32))
+    return (*(S((rows, k), dtype) for _ in range(3)), S((k,), dtype))
 
 
 def with_atomics(*arguments):

@@ -17,14 +17,15 @@ EPS = 1e-5
 
 
 def operands(rng, rows, columns, dtype=jnp.bfloat16):
-    """x, dy, the gradient beside, and the weight."""
+    """x, dy, the gradient beside, and the weight, which has the model's dtype."""
     x, dy, beside = (jnp.asarray(rng.normal(size=(rows, columns)), dtype) for _ in range(3))
-    weight = jnp.asarray(rng.normal(size=columns) + 1, jnp.float32)
+    weight = jnp.asarray(rng.normal(size=columns) + 1, dtype)
     return x, dy, beside, weight
 
 
 def plain(x, dy, beside, weight):
     """What XLA is given elsewhere."""
+    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
 
     def both(x):
         return x, rms_norm(x, weight, EPS)
@@ -108,3 +109,5 @@ def test_on_a_gpu(rng, shape, dtype):
     check(found, given)
     for _ in range(20):
         assert_bit_equal(compiled(*given), found)
+    shifted = jax.jit(partial(norm_grad, eps=EPS, offset=1.0))(*given)
+    check(shifted, (*given[:3], 1 + given[3].astype(jnp.float32)))
