@@ -37,12 +37,18 @@ def register(app: typer.Typer) -> None:
 
 
 def prepare(
-    config: "RunConfig", *, clock: "Clock" = "1f1b", stages: int = 1, width: int = 1
+    config: "RunConfig",
+    base: "Base | None" = None,
+    *,
+    clock: "Clock" = "1f1b",
+    stages: int = 1,
+    width: int = 1,
 ) -> Prepared:
     """Resolves everything that can be known without weights.
 
     Args:
         config: the run.
+        base: its model, if it was opened already.
         clock: how the stages of a pipeline take turns.
         stages: of the pipeline.
         width: microbatches at a time (data parallelism).
@@ -57,7 +63,8 @@ def prepare(
     from lorafusion_jax.train.schedule import make_schedule
     from lorafusion_sched import distance_of
 
-    base = outline_base(config.base.model, config.base.dtype)
+    if base is None:
+        base = outline_base(config.base.model, config.base.dtype)
     jobs = [resolve_job(job, job.data, base, config.batching, config.seed) for job in config.jobs]
     tile, plans = tile_rows(config.batching), [job.plan for job in jobs]
     cost = cost_of_run(Path(config.output), base.config)
@@ -87,8 +94,7 @@ def check(config: ConfigArgument, overrides: SetOption = None) -> None:
 
     run = read_config(config, overrides)
     check_sinks(run.report.to)
-    ready = prepare(run)
-    open_base(run.base.model, run.base.dtype)  # reads the headers of the weights
+    ready = prepare(run, open_base(run.base.model, run.base.dtype))  # with the weights' headers
     if run.parallel.devices > 1:
         ready = ready._replace(schedule=_schedule_on_mesh(ready))
     parameters = {job.name: _parameters(ready.base, job) for job in ready.jobs}

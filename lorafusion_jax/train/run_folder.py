@@ -13,6 +13,7 @@ the last.
 """
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -92,7 +93,7 @@ class RunFolder:
 
     def remove_run(self) -> bool:
         """Removes what an earlier run left here, nothing else; returns whether there was any."""
-        there = [path for name in _CONTENTS if (path := self.path / name).exists()]
+        there = [path for name in _CONTENTS if os.path.lexists(path := self.path / name)]
         for path in there:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return bool(there)

@@ -180,25 +180,43 @@ def _sooner(
     """
     if problem.distance > 1:
         return rest
-    waiting = dict.fromkeys(s.job for mb in rest for s in mb.stretches if s.job not in begun)
-    for name in waiting:
+    for name in dict.fromkeys(s.job for mb in rest for s in mb.stretches if s.job not in begun):
         slots = _slots(rest, problem.width)
-        present = [{s.job for mb in slot for s in mb.stretches} for slot in slots]
-        if any(name in jobs and len(jobs) > 1 for jobs in present):
+        if any(name in jobs and len(jobs) > 1 for jobs in map(_jobs_in, slots)):
             continue
-        own, others = (
-            [mb for slot, jobs in zip(slots, present, strict=True) if (name in jobs) == mine
-             for mb in slot]
-            for mine in (True, False)
-        )  # fmt: skip
+        own = [mb for slot in slots if name in _jobs_in(slot) for mb in slot]
+        others = [mb for slot in slots if name not in _jobs_in(slot) for mb in slot]
         moved = _beside(others, own, problem, done)
-        if moved.index(own[0]) < rest.index(own[0]):
+        if _first_of(name, moved) < _first_of(name, rest):
             rest = moved
     return rest
 
 
 def _slots(microbatches: Sequence[Microbatch], width: int) -> list[list[Microbatch]]:
     return [list(microbatches[at : at + width]) for at in range(0, len(microbatches), width)]
+
+
+def _jobs_in(microbatches: Iterable[Microbatch]) -> set[str]:
+    return {stretch.job for microbatch in microbatches for stretch in microbatch.stretches}
+
+
+def _first_of(name: str, microbatches: Sequence[Microbatch]) -> int:
+    return next(i for i, mb in enumerate(microbatches) if name in _jobs_in([mb]))
+
+
+def _room_from(slots: Sequence[Sequence[Microbatch]], count: int, problem: Problem) -> int | None:
+    """Returns the slot from which on `count` more jobs find an adapter slot; None if none does.
+
+    A job holds its own for `distance - 1` slots after its last.
+    """
+    if problem.max_active is None:
+        return 0
+    last = {name: number for number, slot in enumerate(slots) for name in _jobs_in(slot)}
+    room = problem.max_active - count  # jobs that may still be there
+    if room < 0:
+        return None
+    ends = sorted(last.values(), reverse=True)
+    return ends[room] + problem.distance if room < len(ends) else 0
 
 
 def _beside(
@@ -212,22 +230,13 @@ def _beside(
     They begin where adapter slots are free for all of them: those of jobs that have just ended are
     not yet.
     """
-    width, window = problem.width, problem.distance - 1
+    width = problem.width
     past, theirs, new = (_slots(mbs, width) for mbs in (done, rest, own))
-    count = len({stretch.job for mb in own for stretch in mb.stretches})
-
-    def fits_from(start: int) -> bool:
-        """Whether the others leave room from a slot of theirs on."""
-        if problem.max_active is None:
-            return True
-        held = [*past, *theirs][max(0, len(past) + start - window) :]
-        present = {s.job for slot in held for mb in slot for s in mb.stretches}
-        return len(present) + count <= problem.max_active
-
-    start = next((i for i in range(len(theirs) + 1) if fits_from(i)), None)
-    if start is None:
+    room = _room_from([*past, *theirs], len(_jobs_in(own)), problem)
+    start = None if room is None else max(0, room - len(past))
+    if start is None or start > len(theirs):
         empty = Microbatch((), problem.capacities[0])
-        return [*rest, *[empty] * (width * window), *own]
+        return [*rest, *[empty] * (width * (problem.distance - 1)), *own]
     later = theirs[start:]
     # Of equal fractions the older job comes first. Distances only grow.
     ranked = sorted(

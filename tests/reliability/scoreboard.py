@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lorafusion_jax.bench.results import write_results
+from lorafusion_jax.bench.results import folder_of, write_results
 from tests.reliability.scenarios import SCENARIOS, SECTIONS, Scenario
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/reliability.md")
@@ -381,7 +381,7 @@ def _device() -> str:
         last = done.stderr.strip().rpartition("\n")[2]
         print(f"--gpu: jax found no GPU but {platform or last!r}: nothing was run", file=sys.stderr)
         raise SystemExit(2)
-    return next((name for name in ("h100", "h200", "a100") if name in kind), kind.replace(" ", "-"))
+    return folder_of(kind)
 
 
 if __name__ == "__main__":
