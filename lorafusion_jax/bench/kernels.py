@@ -236,7 +236,6 @@ def main(arguments: list[str]) -> int:
                     print(f"  {row['impl']:<20} {row['pass']:<7} {ratio}", flush=True)
             rows += found
             if options.output:  # after every case: a benchmark cut short leaves what it has
-                root, device = options.output.parent, options.output.name
                 name = "kernel_variants" if options.variants else "kernels"
-                write_results(name, rows, device=device, root=root)
+                write_results(name, rows, folder=options.output)
     return 0

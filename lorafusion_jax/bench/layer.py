@@ -307,7 +307,7 @@ def _fused(options: argparse.Namespace) -> int:
         raise ConfigError("--parts fused needs a GPU: jax found only " + jax.default_backend())
     rows = fused_rows(Bench(options))
     if options.output:
-        write_results("layer_fused", rows, device=options.output.name, root=options.output.parent)
+        write_results("layer_fused", rows, folder=options.output)
     return 0
 
 
@@ -333,5 +333,5 @@ def main(arguments: list[str]) -> int:
             rows.append(row)
             what = f"{row['part']:<10} {row['impl']:<18} {row.get('remat', ''):<10}"
             print(f"{what} {row['ms']:9.3f} ms {row['ratio_to_frozen']:7.3f}", flush=True)
-        write_results("layer", rows, device=folder.name, root=folder.parent)
+        write_results("layer", rows, folder=folder)
     return 0

@@ -53,6 +53,7 @@ def write_results(
     command: str | None = None,
     device: str | None = None,
     root: Path = RESULTS,
+    folder: Path | None = None,
 ) -> Path:
     """Writes one results file.
 
@@ -60,14 +61,15 @@ def write_results(
         bench: name of the benchmark; also the file's name.
         rows: one flat record per measurement; the columns of each bench are fixed by convention.
         command: what reproduces it; this process's command line by default.
-        device: folder name; the first device's kind by default.
-        root: folder of all results.
+        device: its name; the first device's kind by default.
+        root: folder of all results, in which each device has one.
+        folder: the file's own folder, where it is not that device's in `root`.
 
     Returns:
         The file's path.
     """
     device = device or device_name()
-    path = root / device / f"{bench}.json"
+    path = (folder or root / device) / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "bench": bench,

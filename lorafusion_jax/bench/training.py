@@ -411,7 +411,7 @@ def main(arguments: list[str]) -> int:
             rows[-1] |= compiled
         _print(rows[-1])
         # After every system: a benchmark cut short leaves what it has.
-        write_results("training", rows, device=folder.name, root=folder.parent)
+        write_results("training", rows, folder=folder)
     training_report.draw(rows, folder)
     return 0
 

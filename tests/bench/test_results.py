@@ -1,5 +1,7 @@
 """Where results of a device lie."""
 
+import json
+
 import jax
 import pytest
 
@@ -33,3 +35,9 @@ def test_another_run_goes_on_with_the_rows_of_one(tmp_path):
     path.write_text('{"rows": []}')
     with pytest.raises(ConfigError, match=r"--append .*command"):
         written_before(path)
+
+
+def test_a_folder_of_another_name_is_no_device(tmp_path):
+    path = write_results("speed", [], command="c", folder=tmp_path / "run 1")
+    assert path == tmp_path / "run 1" / "speed.json"
+    assert json.loads(path.read_text())["device"] == "cpu"
