@@ -35,7 +35,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     shown = [row for row in rows if all(row.get(key) == value for key, value in SHOWN.items())]
     found: dict[str, dict[str, float]] = {}
     for row in shown:
-        shape = f"{row['tokens']} tokens\n{row['k']} to {row['n']}"
+        width = str(row["n"]).replace("|", "\n+ ")
+        shape = f"{row['tokens']} tokens\n{row['k']} to {width}"
         found.setdefault(shape, {})[str(row["impl"])] = float(row["ratio_to_frozen"] or 0)
     names = [name for name in _NAMES if any(name in ratios for ratios in found.values())]
     if not names:

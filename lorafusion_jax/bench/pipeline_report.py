@@ -9,34 +9,39 @@ from lorafusion_jax.plots import save_figure
 
 
 def draw_speed(rows: list[Row], results: Path) -> Path:
-    """Draws a group of bars for each mix of lengths, a bar for each system.
+    """Draws a group of bars for each model, mesh and mix of lengths, a bar for each system.
 
     Args:
-        rows: of the results file; those of other meshes and models than the first are left out.
+        rows: of the results file.
         results: that file; the figure is written beside it.
 
     Returns:
         The figure's path.
     """
     speeds: dict[str, dict[str, float]] = {}
-    first = rows[0]
-    rows = [row for row in rows if all(row[k] == first[k] for k in ("model", "layers", "mesh"))]
     for row in rows:
-        case = f"{row['lengths']}\n{row['adapters']} adapters"
+        mesh = str(row["mesh"]).replace(",", ", ")
+        case = f"{row['lengths']}, {row['adapters']} adapters"
+        case = f"{row['model']}, {row['layers']} layers\n{mesh}\n{case}"
         speeds.setdefault(case, {})[str(row["system"])] = float(row["tokens_per_s"] or 0)
     systems = list(dict.fromkeys(str(row["system"]) for row in rows))
-    figure = Figure(figsize=(2 + 1.3 * len(speeds), 3.2))
+    figure = Figure(figsize=(1.2 + 1.7 * max(2, len(speeds)), 3.4))
     axes, width = figure.subplots(), 0.8 / len(systems)
-    for number, system in enumerate(systems):
-        places = [i for i, found in enumerate(speeds.values()) if system in found]
-        heights = [found[system] for found in speeds.values() if system in found]
-        bars = axes.bar([i + number * width for i in places], heights, width, label=system)
-        axes.bar_label(bars, fmt="{:,.0f}", fontsize="x-small")
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(speeds))], list(speeds))
+    labels: list[str] = []
+    for place, found in enumerate(speeds.values()):
+        for number, system in enumerate(name for name in systems if name in found):
+            left = place + (number - (len(found) - 1) / 2) * width
+            style = system if system == "ours" else f"{system}-style"
+            label = "_" if system in labels else style
+            color = f"C{systems.index(system)}"
+            bar = axes.bar(left, found[system], width, color=color, label=label)
+            axes.bar_label(bar, fmt="{:,.0f}", fontsize="x-small")
+            labels.append(system)
+    axes.set_xticks(range(len(speeds)), list(speeds), fontsize="x-small")
     axes.set_ylabel("tokens per second")
-    axes.set_title(f"{first['model']}, {first['layers']} layers, {first['mesh']}", loc="left")
-    axes.legend(fontsize="small")
-    return save_figure(figure, results.with_name(f"{results.stem}_speed.png"))
+    figure.legend(fontsize="small", ncols=len(systems), loc="outside upper center", frameon=False)
+    path = results.with_name(f"{results.stem}_speed.png")
+    return save_figure(figure, path, legend_outside=True)
 
 
 def case_of(row: Row) -> tuple:
