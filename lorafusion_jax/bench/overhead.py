@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from lorafusion_jax.train.batch import PackedBatch
-from lorafusion_jax.train.feed import Feed
+from lorafusion_jax.train.feed import DeviceFeed
 from lorafusion_jax.train.loop import AHEAD
 from lorafusion_jax.train.outcome import IN_FLIGHT
 
@@ -86,14 +86,13 @@ def run_loop(program: Stepper, make: Make, count: int) -> float:
     def ahead(index: int) -> range:
         return range(index + 1, min(index + 1 + AHEAD, count))
 
-    feed, under_way = Feed(make), []
+    feed, under_way = DeviceFeed(make), []
     try:
-        packed = feed.get(0, ahead(0))  # as in the middle of a run: the first is there already
+        packed, batch = feed.get(0, ahead(0))  # as in the middle of a run: it is there already
         start = time.perf_counter()
         for index in range(count):
             if index:
-                packed = feed.get(index, ahead(index))
-            batch = jax.device_put(packed)  # by this thread: see `lorafusion_jax.train.loop`
+                packed, batch = feed.get(index, ahead(index))
             loss = program.step(batch)
             ended = np.any(packed.batch_end)
             under_way.append((loss, program.update(batch.batch_end) if ended else None))

@@ -99,6 +99,8 @@ class Program:
     """A system's compiled training step and its state."""
 
     def __init__(self, setup: Setup, system: str):
+        import jax
+
         from lorafusion_jax.lora.bank import (
             attach_adapters,
             multi_linears,
@@ -118,7 +120,7 @@ class Program:
         for slot in range(self.slots):
             bank = write_slot(bank, slot, spec, slot + 1, paths)
         self._state = init_state(bank, ("adamw",))
-        self._hyper = _hyper(self.slots)
+        self._hyper = jax.device_put(_hyper(self.slots))  # as in training
         self._setup, self._system, self._compiled = setup, system, {}
         self.remat, self.compile_seconds, self.bytes, self.planned_bytes = "", 0.0, 0, 0
 

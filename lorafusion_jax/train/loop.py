@@ -22,7 +22,7 @@ from lorafusion_jax.train.delivery import Delivery
 from lorafusion_jax.train.early_stop import STOPPED, note_evaluation
 from lorafusion_jax.train.evaluate import BASE, Evaluator
 from lorafusion_jax.train.events import CheckpointSaved, JobEnded, Listener, Notice
-from lorafusion_jax.train.feed import Feed
+from lorafusion_jax.train.feed import DeviceFeed
 from lorafusion_jax.train.goodput import Goodput
 from lorafusion_jax.train.jobs import TrainJob, hyper_parameters, spike_configs
 from lorafusion_jax.train.optimizer import Hyper
@@ -103,7 +103,7 @@ class Run:
         for job in self.jobs:
             self.progress.setdefault(job.name, JobProgress())
         self._generation = 0
-        self._feed = Feed(self._pack)
+        self._feed = DeviceFeed(self._pack)
         self._place_rows()
         self._guard = SpikeGuard(spike_configs(self.jobs), self.progress, lag=self._known_after)
         self._outcomes = Outcomes(
@@ -139,7 +139,7 @@ class Run:
         """Starts to compile the programs in the background."""
         if self.cursor < len(self.schedule.plan.microbatches):
             example = self.evaluator.example(self._num_slots)
-            batch = self._feed.get(self._want(self.cursor))
+            batch = self._feed.on_host(self._want(self.cursor))
             self.programs.announce(self.state, self._hyper, batch, example)
 
     def evaluate_base(self, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -326,11 +326,7 @@ class Run:
         """Dispatches one microbatch, and the update of the slots whose global batch it ends."""
         last = min(index + AHEAD, len(self.schedule.plan.microbatches) - 1)
         ahead = [self._want(coming) for coming in range(index + 1, last + 1)]
-        packed = self._feed.get(self._want(index), ahead)
-        # Transferred here and not by the thread that packs: what is allocated while a step is
-        # dispatched comes to lie behind its temporaries, and keeps those of a later step, one
-        # piece of half an H100, from the only place where they fit.
-        batch = jax.device_put(packed)
+        packed, batch = self._feed.get(self._want(index), ahead)
         self.state, loss = self.programs.train(self.state, batch)
         report = None
         if np.any(packed.batch_end):
@@ -404,7 +400,7 @@ class Run:
         return _Want(self._generation, index, live)
 
     def _pack(self, want: _Want) -> PackedBatch:
-        """Packs a microbatch, on the host; see `_train` for why not further."""
+        """Packs a microbatch, on the host."""
         batch, _ = pack(
             self.schedule.plan.microbatches[want.index],
             {name: self._rows[name] for name in want.live},

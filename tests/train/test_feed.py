@@ -2,9 +2,11 @@
 
 import threading
 
+import jax
+import numpy as np
 import pytest
 
-from lorafusion_jax.train.feed import Feed
+from lorafusion_jax.train.feed import DeviceFeed, Feed
 
 
 @pytest.fixture
@@ -57,3 +59,34 @@ def test_closing_ends_the_thread(made):
     assert any(name.startswith("feed") for name in names) or not names - left
     with pytest.raises(RuntimeError):
         feed.get(2, [3])
+
+
+def numbers(key):
+    if key == 3:
+        raise ValueError("cannot make it")
+    return np.full(2, key)
+
+
+def test_the_next_item_is_on_the_device_before_it_is_asked_for(monkeypatch):
+    put, placed = jax.device_put, []
+    monkeypatch.setattr(jax, "device_put", lambda x: placed.append(int(x[0])) or put(x))
+    feed = DeviceFeed(numbers)
+    item, on_device = feed.get(0, [1, 2])
+    assert placed == [0, 1]
+    assert isinstance(on_device, jax.Array) and (item == np.asarray(on_device)).all()
+    item, on_device = feed.get(1, [2, 4])
+    assert placed == [0, 1, 2]  # each once
+    assert item[0] == 1 == on_device[0]
+    item, on_device = feed.get(7, [])  # the plan has changed
+    assert placed == [0, 1, 2, 7] and item[0] == 7 == on_device[0]
+    assert feed.on_host(2)[0] == 2 and placed[-1] == 7
+    feed.close()
+
+
+def test_an_item_that_cannot_be_made_leaves_those_before_it():
+    feed = DeviceFeed(numbers)
+    assert feed.get(2, [3])[0][0] == 2
+    with pytest.raises(ValueError, match="cannot make it"):
+        feed.get(3, [4])
+    assert feed.get(4)[0][0] == 4
+    feed.close()
