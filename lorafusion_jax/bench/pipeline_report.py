@@ -27,16 +27,17 @@ def draw_speed(rows: list[Row], results: Path) -> Path:
     systems = list(dict.fromkeys(str(row["system"]) for row in rows))
     figure = Figure(figsize=(1.2 + 1.7 * max(2, len(speeds)), 3.4))
     axes, width = figure.subplots(), 0.8 / len(systems)
-    labels: list[str] = []
-    for place, found in enumerate(speeds.values()):
-        for number, system in enumerate(name for name in systems if name in found):
-            left = place + (number - (len(found) - 1) / 2) * width
-            style = system if system == "ours" else f"{system}-style"
-            label = "_" if system in labels else style
-            color = f"C{systems.index(system)}"
-            bar = axes.bar(left, found[system], width, color=color, label=label)
-            axes.bar_label(bar, fmt="{:,.0f}", fontsize="x-small")
-            labels.append(system)
+    groups = [[name for name in systems if name in found] for found in speeds.values()]
+    for system in systems:
+        places = [  # a group stands in the middle of its place, however many ran there
+            place + (group.index(system) - (len(group) - 1) / 2) * width
+            for place, group in enumerate(groups)
+            if system in group
+        ]
+        heights = [found[system] for found in speeds.values() if system in found]
+        label = system if system == "ours" else f"{system}-style"
+        bars = axes.bar(places, heights, width, label=label)
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize="x-small")
     axes.set_xticks(range(len(speeds)), list(speeds), fontsize="x-small")
     axes.set_ylabel("tokens per second")
     figure.legend(fontsize="small", ncols=len(systems), loc="outside upper center", frameon=False)
